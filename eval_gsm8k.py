@@ -1,0 +1,512 @@
+"""Answer extraction, grading and pass@k for GSM8K: imported by every training script, and a command of its own.
+
+    python eval_gsm8k.py --model-name Qwen/Qwen2.5-7B-Instruct --num-samples 5   # five i.i.d. samples a question
+    python eval_gsm8k.py --model-name runs/x/final --num-skills 5                # one sample of each skill z = 1..5
+    python eval_gsm8k.py --compare a/completions.jsonl b/completions.jsonl       # paired comparison, no model needed
+
+GSM8K numbers depend on prompt and extraction as much as on the model, so each completion is graded three ways: by
+`--answer-mode`, and by the strict-match and the flexible-extract rule of lm-evaluation-harness (task gsm8k, version 3).
+Skills: the arm "distinct" asks each z once a round; the arm "iid" draws z uniformly for each of as many completions.
+Their difference in pass@N is what *distinct* z adds to sampling from the same mixture.
+Left out: few-shot prompts, LoRA adapter folders (evaluate the merged `final/`), answers that are not numbers.
+"""
+
+import json
+import math
+import os
+import re
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Literal
+
+import numpy as np
+
+ANSWER_MODES = ("strict", "flexible", "boxed", "xml", "auto")
+
+# Every pattern in this file takes linear time on any input: no unbounded repeat that a later miss could undo.
+DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{2,3}){0,8},[0-9]{3}(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
+NUMBER = re.compile(rf"(?:(?<![0-9A-Za-z)\]])-)?[$€£¥]?{DIGITS}(?:[eE][-+]?[0-9]+)?(?:/{DIGITS})?")  # in running text
+WHOLE_NUMBER = re.compile(rf"[$€£¥]?([-+]?)[$€£¥]?({DIGITS}(?:[eE][-+]?[0-9]{{1,2}})?)(?:/({DIGITS}))?\.?%?\.?")
+ANSWER_CUE = re.compile(r"\banswer\b[\s*_]{0,9}(?:is|are|was|:|：)", re.IGNORECASE)
+
+
+@dataclass
+class Args:
+    model_name: str = ""
+    """Hugging Face id or local folder of the model (required unless --compare)"""
+    dataset: str = "openai/gsm8k"
+    """hub id, or a local .jsonl file with GSM8K's columns question and answer"""
+    dataset_config: str = "main"
+    """configuration of a hub dataset"""
+    split: str = "test"
+    """split of a hub dataset"""
+    limit: int = 0
+    """evaluate the first so many problems, in file order (0 = all)"""
+    num_samples: int = 1
+    """completions per question; with --num-skills, rounds over all skills"""
+    num_skills: int = 0
+    """N: ask each question with each skill z = 1..N (0 = no prefix)"""
+    system_prompt: str = "You are a helpful math assistant that solves problems step by step."
+    """system message ("" = none)"""
+    skill_prefix: str = "Strategy {z} | "
+    """what stands before the question when --num-skills > 0"""
+    temperature: float = 0.7
+    """sampling temperature (0 = greedy)"""
+    top_p: float = 1.0
+    """nucleus sampling mass (1 = off: the samples follow the policy itself)"""
+    max_new_tokens: int = 512
+    """completions are cut off after so many tokens and counted as truncated"""
+    answer_mode: Literal["strict", "flexible", "boxed", "xml", "auto"] = "auto"
+    """where the graded answer is looked for, see `extract_answer`"""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """precision in vLLM (auto = bfloat16 on a GPU, float32 on a CPU)"""
+    gpu_memory_utilization: float = 0.0
+    """share of the memory that vLLM takes (0 = 0.9 of the GPU's; without a GPU, 0.1 of the main memory)"""
+    seed: int = 0
+    """seed of the sampling and of the i.i.d. skills"""
+    output_dir: str = ""
+    """folder of completions.jsonl and figures.json, never overwritten ("" = runs/eval-<model>-<seed>)"""
+    compare: tuple[str, str] | None = None
+    """two completions.jsonl files over the same questions: print their paired differences and exit"""
+    trust_remote_code: bool = False
+    """run the Python code that a model repository brings along"""
+
+
+# --- numbers and answers ---------------------------------------------------------------------------------------------
+
+
+def to_number(text: str) -> Fraction | None:
+    """Exact value of a text that is one number and nothing else, or None.
+
+    Read: "1,234", "$18.00", "18.", "-3", "−3", "-$5", "3/4", "1e3"; "50%" is 50, as in GSM8K's gold answers. Refused:
+    words, mixed numbers, division by zero, digits other than 0-9, and, so that nothing takes long, exponents of more
+    than two digits and texts of more than 100 characters.
+    """
+    text = text.strip().replace("−", "-")
+    text = re.sub(r"(?<![0-9.])\s+|\s+(?=[/%])", "", text) if len(text) <= 100 else ""
+    match = WHOLE_NUMBER.fullmatch(text)
+    if not match:
+        return None
+    sign, top, bottom = match.groups()
+    bottom = Fraction((bottom or "1").replace(",", ""))
+    return Fraction(sign + top.replace(",", "")) / bottom if bottom else None
+
+
+def plain(text: str) -> str:
+    """The text of a number without commas, currency, percent and plus signs, spaces, and a full stop at the end."""
+    return re.sub(r"[,$€£¥%+\s]", "", text.replace("−", "-")).removesuffix(".")
+
+
+def parse_gold(answer: str) -> str | None:
+    """Gold answer of a dataset row: the number after the last "####", or the whole text if it is a bare number.
+
+    "#### 18 dollars" is 18; None if there is no number or more than one, because a gold answer must not be guessed.
+    """
+    _, mark, text = answer.rpartition("####")
+    found = NUMBER.findall(clean_latex(text)) if mark else []
+    if to_number(text) is None:
+        text = found[0] if len(found) == 1 and to_number(found[0]) is not None else None
+    return plain(text) if text else None
+
+
+def clean_latex(text: str) -> str:
+    """LaTeX taken off as far as numbers need it: \\frac{3}{4} -> 3/4, 1{,}234 -> 1,234, \\$5 -> $5, \\text{x} -> x."""
+    text = text.replace("−", "-").replace("{,}", ",").replace("\\\\", " ").replace("\\$", "$")
+    text = re.sub(r"\\[dtc]?frac\s*\{([^{}]{1,40})\}\s*\{([^{}]{1,40})\}", r"\1/\2", text)
+    text = re.sub(r"\\[,;:!]", "", text)  # thin spaces group digits: 1\,234
+    return re.sub(r"\\[A-Za-z]+|[\\{}]", " ", text)
+
+
+def find_number(text: str, last: bool) -> str | None:
+    """The number that a piece of text gives as its result, as plain text, or None.
+
+    In the last (or else first) sentence with a number: the one right of its last "=", else its last (first) number.
+    """
+    sentences = re.split(r"\n|(?<=[.!?;])\s", clean_latex(text))
+    for sentence in reversed(sentences) if last else sentences:
+        numbers = NUMBER.findall(sentence)
+        if numbers:
+            result = NUMBER.search(sentence, sentence.rfind("=") + 1) if "=" in sentence else None
+            number = result.group() if result else numbers[-1 if last else 0]
+            return plain(number) if to_number(number) is not None else None
+    return None
+
+
+def last_boxed(text: str) -> str:
+    """Content of the last \\boxed{...} that is closed, with balanced braces, or ""."""
+    opened, content = [], slice(0)
+    for match in re.finditer(r"\\boxed\s*\{|(?<!\\)[{}]", text):
+        if match.group() != "}":
+            opened.append((match.group() != "{", match.end()))
+        elif opened:
+            box, start = opened.pop()
+            content = slice(start, match.start()) if box else content
+    return text[content]
+
+
+def extract_answer(text: str, mode: str) -> str | None:
+    """The number that a completion gives as its answer, as plain text ("1234.5"), or None; never raises on a text.
+
+    strict    lm-evaluation-harness gsm8k "strict-match": the first "#### <number>"
+    flexible  its "flexible-extract": the last thing that looks like a number ("18.." stays "18.", and is wrong there)
+    boxed     the number in the last \\boxed{...}
+    xml       the number in the last <answer>...</answer>
+    auto      the first of these that holds a number: last <answer>, last \\boxed, after the last "####", after the last
+              "answer is" or "answer:", the last sentence with a number (right of its last "=", else its last number)
+    ValueError: unknown mode.
+    """
+    if mode not in ANSWER_MODES:
+        raise ValueError(f"answer mode {mode!r} is unknown; choose one of {', '.join(ANSWER_MODES)}.")
+    if mode in ("strict", "flexible"):
+        found = re.findall(r"#### (-?[0-9.,]+)" if mode == "strict" else r"-?[$0-9.,]{2,}|-?[0-9]+", text)
+        answer = plain(found[0 if mode == "strict" else -1]) if found else ""
+        return answer if re.search("[0-9]", answer) else None  # the harness keeps "...", which is never right
+    candidates = []  # (text, take its last number)
+    if mode in ("xml", "auto"):
+        inside = re.findall(r"(?is)<answer>((?:(?!<answer>).)*?)</answer>", text)
+        candidates += [(content, True) for content in inside[-1:]]
+    if mode in ("boxed", "auto"):
+        candidates += [(last_boxed(text), True)]
+    if mode == "auto":
+        tails = [text[text.rfind("####") :]] if "####" in text else []
+        tails += [text[match.end() :] for match in list(ANSWER_CUE.finditer(text))[-1:]]
+        candidates += [(tail.lstrip("# \t\r\n*_:`").split("\n")[0], False) for tail in tails] + [(text, True)]
+    return next((number for number in (find_number(*candidate) for candidate in candidates) if number), None)
+
+
+def is_correct(answer: str | None, gold: str) -> bool:
+    """True if both are numbers and equal as numbers: "72" and "72.00" are; None never is."""
+    value = to_number(answer) if answer else None
+    return value is not None and value == to_number(gold)
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased probability that k of n i.i.d. samples, c of them correct, hold a correct one (Chen et al. 2021, eq. 1).
+
+    1 - C(n-c, k) / C(n, k). ValueError unless 0 <= c <= n and 1 <= k <= n: n samples say nothing on more than n tries.
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@k needs 0 <= correct <= n and 1 <= k <= n, got n={n}, correct={c}, k={k}.")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def pass_at_k_distinct(counts: list[int], n: int, k: int) -> float:
+    """Unbiased probability that k distinct skills drawn uniformly out of N, one sample of each, hold a correct one.
+
+    counts[z] of n samples of skill z were correct. 1 - e_k(q) / C(N, k) with q_z = 1 - counts[z] / n and e_k the
+    elementary symmetric polynomial: exactly unbiased, as e_k is linear in each q_z and the skills are sampled
+    independently. ValueError unless 1 <= k <= N, n >= 1 and 0 <= counts[z] <= n.
+    """
+    if not (1 <= k <= len(counts) and n >= 1 and all(0 <= c <= n for c in counts)):
+        raise ValueError(f"pass@k needs 1 <= k <= {len(counts)} skills and counts in 0..n, got k={k}, n={n}, {counts}.")
+    e = [1.0] + [0.0] * k
+    for c in counts:
+        for j in range(k, 0, -1):
+            e[j] += (1 - c / n) * e[j - 1]
+    return 1.0 - e[k] / math.comb(len(counts), k)
+
+
+def plurality(answers: list[str | None], gold: str) -> bool:
+    """True if the unique most frequent answer, compared as a number, is correct; a tie is wrong, None is no answer."""
+    values = Counter(to_number(answer or "") for answer in answers)
+    del values[None]
+    top = values.most_common(2)
+    return bool(top) and top[0][0] == to_number(gold) and (len(top) == 1 or top[0][1] > top[1][1])
+
+
+def consensus(answers: list[str | None], gold: str) -> bool:
+    """True if more than half of all samples, those without an answer included, are correct."""
+    return 2 * sum(is_correct(answer, gold) for answer in answers) > len(answers)
+
+
+def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson score interval of successes / n (z = 1.96: 95 %). ValueError unless n >= 1 and 0 <= successes <= n."""
+    if not (n >= 1 and 0 <= successes <= n):
+        raise ValueError(f"the Wilson interval needs n >= 1 and 0 <= successes <= n, got {successes} of {n}.")
+    share, scale = successes / n, 1 + z * z / n
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low, high = (share + z * z / (2 * n) - half) / scale, (share + z * z / (2 * n) + half) / scale
+    return max(0.0, low), min(1.0, high)
+
+
+def paired_bootstrap(a, b, resamples: int = 10000, seed: int = 0) -> dict[str, float]:
+    """mean(a) - mean(b) over the same questions, its 95 % percentile bootstrap interval, and a two-sided p.
+
+    a, b: [questions] scores. Whole questions are resampled, so a question's own samples stay together. p is never 0: no
+    finite number of resamples could show that. ValueError: empty, or of unequal length.
+    """
+    if len(a) != len(b) or not len(a):
+        raise ValueError(f"a paired comparison needs the same questions on both sides, got {len(a)} and {len(b)}.")
+    delta, rng = np.asarray(a, dtype=float) - np.asarray(b, dtype=float), np.random.default_rng(seed)
+    means = np.array([delta[rng.integers(len(delta), size=len(delta))].mean() for _ in range(resamples)])
+    low, high = np.quantile(means, (0.025, 0.975))
+    p = min(1.0, 2 * (min((means <= 0).sum(), (means >= 0).sum()) + 1) / (resamples + 1))
+    return {"difference": float(delta.mean()), "low": float(low), "high": float(high), "p": float(p)}
+
+
+def question_scores(rows: list[dict]) -> dict[str, np.ndarray]:
+    """{metric: [questions]} of the rows of one arm, questions in the order of their ids.
+
+    pass@k for k = 1..N distinct skills (arm "distinct") or k = 1..n samples (arm "iid"), plurality@ and consensus@ all.
+    ValueError: questions with different numbers of completions.
+    """
+    table = {}  # question -> skill (None throughout the arm "iid") -> its rows in order
+    for row in rows:
+        table.setdefault(row["id"], {}).setdefault(row["z"] if row["arm"] == "distinct" else None, []).append(row)
+    table = [table[i] for i in sorted(table)]
+    skills, n = set(table[0]), len(next(iter(table[0].values())))
+    if any(set(question) != skills or any(len(group) != n for group in question.values()) for question in table):
+        raise ValueError("every question needs the same number of completions (of every skill).")
+    counts = [[sum(row["correct"] for row in group) for group in question.values()] for question in table]
+    if skills == {None}:
+        ballots = [[question[None]] for question in table]  # [questions][rounds][voters]
+        scores = {f"pass@{k}": [pass_at_k(n, c, k) for (c,) in counts] for k in range(1, n + 1)}
+    else:
+        ballots = [list(zip(*question.values(), strict=True)) for question in table]
+        scores = {f"pass@{k}": [pass_at_k_distinct(c, n, k) for c in counts] for k in range(1, len(skills) + 1)}
+    for vote in (plurality, consensus) if len(ballots[0][0]) > 1 else ():
+        shares = [np.mean([vote([row["answer"] for row in b], b[0]["gold"]) for b in question]) for question in ballots]
+        scores[f"{vote.__name__}@{len(ballots[0][0])}"] = shares
+    return {name: np.array(values) for name, values in scores.items()}
+
+
+# --- data and prompt -------------------------------------------------------------------------------------------------
+
+
+def fail(message: str):
+    """End the program the way every user error ends here: one sentence on stderr, exit code 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def load_problems(dataset: str, config: str, split: str) -> list[dict]:
+    """Load [{"question": str, "gold": str}, ...] from a local .jsonl file or a hub dataset with GSM8K's two columns.
+
+    A row needs `question` and `answer`; the gold answer is the number after the last "####" of `answer`, or the whole of
+    `answer` if it is a bare number. `config` and `split` are used for hub datasets only. A row that cannot be used ends
+    the program with its file and line number (exit code 2): a dataset is never shortened silently.
+    """
+    if dataset.endswith((".jsonl", ".json")) or os.path.exists(dataset):
+        if not os.path.isfile(dataset):
+            fail(f"dataset file {dataset} does not exist; give a .jsonl file or a Hugging Face dataset id.")
+        rows = []
+        with open(dataset, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    try:
+                        rows.append((f"{dataset}, line {number}", json.loads(line)))
+                    except ValueError as error:
+                        fail(f"{dataset}, line {number} is not valid JSON ({error}); write one JSON object per line.")
+    else:
+        from datasets import load_dataset
+
+        try:
+            table = load_dataset(dataset, config or None, split=split)
+        except Exception as error:  # hub, network and cache errors have no common base class
+            fail(f"dataset {dataset} ({config}, {split}) did not load: {type(error).__name__}: {str(error)[:300]}")
+        rows = [(f"{dataset}, {split} row {i}", row) for i, row in enumerate(table)]
+    problems = []
+    for where, row in rows:
+        for column in ("question", "answer"):
+            if not isinstance(row, dict) or not str(row.get(column) or "").strip():
+                fail(f"{where} has no {column!r}; every row needs a non-empty 'question' and 'answer'.")
+        gold = parse_gold(str(row["answer"]))
+        if gold is None:
+            fail(f"{where}: no number after '####' in 'answer' ({str(row['answer'])[-60:]!r}); end it with '#### <number>'.")
+        problems.append({"question": str(row["question"]).strip(), "gold": gold})
+    if not problems:
+        fail(f"dataset {dataset} holds no problems; give a file with at least one JSON object per line.")
+    return problems
+
+
+def encode_prompt(tokenizer, question: str, system_prompt: str, prefix: str = "") -> list[int]:
+    """Token ids of the chat-templated prompt with the generation header on; `prefix` goes before the question.
+
+    The one place where a prompt becomes ids: rollout, scoring and evaluation all use these ids, so no text is ever
+    tokenised twice and no second BOS can slip in. An empty system prompt means no system message.
+    """
+    messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    messages.append({"role": "user", "content": prefix + question})
+    return tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+def evaluate(llm, tokenizer, problems, encode, *, num_samples=1, num_skills=0, iid=True, temperature=1.0, top_p=1.0,
+             max_new_tokens=512, answer_mode="auto", seed=0) -> tuple[dict, list[dict]]:  # fmt: skip
+    """Sample completions with a live vllm.LLM, grade them, and return (figures, rows).
+
+    problems: [{"question", "gold"}]; encode(question, z) -> prompt token ids, z in 1..N, or None = no skill prefix.
+    num_skills = 0: num_samples completions a question (arm "iid"). num_skills = N: num_samples rounds of each z = 1..N
+    (arm "distinct") and, if `iid`, num_samples * N completions with z drawn uniformly at random (arm "iid").
+
+    figures: {name: float}, shares of 1 but for length. Of the main arm ("distinct" if there are skills): pass@k,
+    plurality@N, consensus@N; pass@1_low, pass@1_high (95 % Wilson, n = questions, on the mean accuracy per question:
+    too wide where a question has several samples); pass@1_strict, pass@1_flexible (as the harness grades: as strings);
+    truncated; no_answer; length (mean tokens, EOS included); skill_{z}_accuracy; best_skill_accuracy (chosen on these
+    very questions, so optimistic). Of the arm "iid" beside skills: iid_pass@k, k >= 2.
+    rows: a dict a completion, question by question. Every random stream is left as it was found, so that training does
+    not notice. ValueError: no problems, num_samples < 1, or a prompt that leaves no room for max_new_tokens.
+    """
+    import torch
+    from vllm import SamplingParams
+
+    if not problems or num_samples < 1:
+        raise ValueError("there is nothing to evaluate: give at least one problem and num_samples >= 1.")
+    rng, rows = np.random.default_rng(seed), []
+    draws = rng.integers(1, max(num_skills, 1) + 1, size=(len(problems), num_samples * num_skills if iid else 0))
+    for i, problem in enumerate(problems):
+        prompts = {z: encode(problem["question"], z) for z in range(1, num_skills + 1) or [None]}
+        plan = [("distinct" if num_skills else "iid", z) for _ in range(num_samples) for z in prompts]
+        for arm, z in plan + [("iid", int(z)) for z in draws[i]]:
+            rows.append({"id": i, "arm": arm, "z": z, "question": problem["question"], "prompt_token_ids": prompts[z]})
+    longest, room = max(len(row["prompt_token_ids"]) for row in rows), llm.model_config.max_model_len
+    if longest + max_new_tokens > room:  # vLLM would cut such completions short without a word
+        raise ValueError(f"the longest prompt has {longest} tokens; with max_new_tokens {max_new_tokens} it exceeds {room}.")
+
+    # The engine draws from the global streams: torch's on a CPU; on a GPU each request's seed comes from
+    # numpy's (giving the seeds ourselves raises on a CPU). A filled prefix cache would change the batches and hence the draws.
+    params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, detokenize=False)
+    llm.reset_prefix_cache()
+    streams = [(np.random.get_state, np.random.set_state), (torch.get_rng_state, torch.set_rng_state)]
+    if torch.cuda.is_available():
+        streams.append((torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
+    saved = [(restore, state()) for state, restore in streams]
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    try:
+        requests = [{"prompt_token_ids": row["prompt_token_ids"]} for row in rows]
+        outputs = llm.generate(requests, params, use_tqdm=sys.stdout.isatty())
+    finally:
+        for restore, state in saved:
+            restore(state)
+
+    for row, output in zip(rows, outputs, strict=True):
+        sample, gold = output.outputs[0], problems[row["id"]]["gold"]
+        text = tokenizer.decode(sample.token_ids, skip_special_tokens=True)
+        answer = extract_answer(text, answer_mode)
+        row.update(token_ids=list(sample.token_ids), completion=text, finish_reason=sample.finish_reason, gold=gold)
+        row.update(answer=answer, correct=is_correct(answer, gold))
+        row.update({f"correct_{mode}": extract_answer(text, mode) == gold for mode in ("strict", "flexible")})
+
+    main = [row for row in rows if row["arm"] == rows[0]["arm"]]
+    figures = {name: float(scores.mean()) for name, scores in question_scores(main).items()}
+    figures["pass@1_low"], figures["pass@1_high"] = wilson_interval(figures["pass@1"] * len(problems), len(problems))
+    shares = {"pass@1_strict": [row["correct_strict"] for row in main]}
+    shares["pass@1_flexible"] = [row["correct_flexible"] for row in main]
+    shares["truncated"] = [row["finish_reason"] == "length" for row in main]
+    shares["no_answer"] = [row["answer"] is None for row in main]
+    shares["length"] = [len(row["token_ids"]) for row in main]
+    for z in range(1, num_skills + 1):
+        shares[f"skill_{z}_accuracy"] = [row["correct"] for row in main if row["z"] == z]
+    figures.update({name: float(np.mean(values)) for name, values in shares.items()})
+    if num_skills:
+        figures["best_skill_accuracy"] = max(figures[f"skill_{z}_accuracy"] for z in range(1, num_skills + 1))
+    if num_skills and iid:
+        scores = question_scores([row for row in rows if row["arm"] == "iid"])
+        for k in range(2, num_samples * num_skills + 1):
+            figures[f"iid_pass@{k}"] = float(scores[f"pass@{k}"].mean())
+    return figures, rows
+
+
+def compare(path_a: str, path_b: str):
+    """Print the paired differences of two completions.jsonl (arm "distinct" where there is one)."""
+    tables = []
+    for path in (path_a, path_b):
+        try:
+            with open(path, encoding="utf-8") as file:
+                rows = [json.loads(line) for line in file if line.strip()]
+            rows = [row for row in rows if row["arm"] == rows[0]["arm"]]
+            tables.append(({row["id"]: (row["question"], row["gold"]) for row in rows}, question_scores(rows)))
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            fail(f"{path} cannot be compared, it is no whole completions.jsonl: {type(error).__name__}: {error}")
+    (questions, a), (questions_b, b) = tables
+    if questions != questions_b:
+        fail(f"{path_a} and {path_b} hold different questions; evaluate both on the same problems.")
+    names = [name for name in a if name in b]
+    most = max(int(name[5:]) for name in names if name.startswith("pass@"))
+    names = [name for name in names if not name.startswith("pass@") or int(name[5:]) in (1, most)]
+    print(f"a = {path_a}\nb = {path_b}\n{len(questions)} questions, paired bootstrap over questions\n")
+    print(f"{'':14}{'a':>9}{'b':>9}{'a - b':>9}{'95 % interval':>20}{'p':>9}")
+    for name in names:
+        difference, low, high, p = paired_bootstrap(a[name], b[name]).values()
+        interval = f"[{low:+.4f}, {high:+.4f}]"
+        print(f"{name:14}{a[name].mean():9.4f}{b[name].mean():9.4f}{difference:+9.4f}{interval:>20}{p:9.4f}")
+
+
+if __name__ == "__main__":
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # before vllm is imported: engine and model in this process
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    import tyro
+
+    args = tyro.cli(Args)
+    if args.compare:
+        compare(*args.compare)
+        raise SystemExit(0)
+
+    if not args.model_name:
+        fail("--model-name is missing; give a Hugging Face id or a model folder (or two files to --compare).")
+    for name, least in (("num_samples", 1), ("max_new_tokens", 1), *((name, 0) for name in ("num_skills", "limit", "temperature", "seed"))):
+        if getattr(args, name) < least:
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be at least {least}.")
+    if not 0 < args.top_p <= 1:
+        fail(f"--top-p is {args.top_p}, but must be above 0 and at most 1.")
+    if args.num_skills and "{z}" not in args.skill_prefix:
+        fail(f"--skill-prefix {args.skill_prefix!r} has no {{z}} in it, so that all skills would be the same.")
+    model = os.path.basename(os.path.abspath(args.model_name))
+    folder = args.output_dir or os.path.join("runs", f"eval-{model}-{args.seed}")
+    paths = [os.path.join(folder, file) for file in ("completions.jsonl", "figures.json")]
+    for path in paths:
+        if os.path.exists(path):
+            fail(f"{path} exists already and is not overwritten; choose another --output-dir.")
+    problems = load_problems(args.dataset, args.dataset_config, args.split)[: args.limit or None]
+
+    import torch
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
+    except Exception as error:  # hub, file and parser errors have no common base class
+        fail(f"no model folder or reachable model id {args.model_name} ({type(error).__name__}: {str(error)[:200]}).")
+    if not tokenizer.chat_template:
+        fail(f"the tokenizer of {args.model_name} has no chat template; use an instruction-tuned model.")
+
+    def encode(question, z):
+        prefix = args.skill_prefix.replace("{z}", str(z)) if z else ""
+        return encode_prompt(tokenizer, question, args.system_prompt, prefix)
+
+    zs = range(1, args.num_skills + 1) or [None]
+    length = max(len(encode(problem["question"], z)) for problem in problems for z in zs) + args.max_new_tokens
+    cuda = torch.cuda.is_available()
+    try:
+        from vllm import LLM
+
+        llm = LLM(
+            model=args.model_name,
+            dtype=args.dtype if args.dtype != "auto" else "bfloat16" if cuda else "float32",  # its auto: fp32 -> fp16
+            max_model_len=length,
+            gpu_memory_utilization=args.gpu_memory_utilization or (0.9 if cuda else 0.1),
+            enforce_eager=not cuda,  # on a CPU compiling takes longer than it saves
+            seed=args.seed,
+            trust_remote_code=args.trust_remote_code,
+        )
+    except Exception as error:  # import, memory and configuration errors have no common base class
+        fail(f"vLLM could not start with {args.model_name}: {type(error).__name__}: {str(error)[:500]}")
+    options = ("num_samples", "num_skills", "temperature", "top_p", "max_new_tokens", "answer_mode", "seed")
+    figures, rows = evaluate(llm, tokenizer, problems, encode, **{name: getattr(args, name) for name in options})
+
+    os.makedirs(folder, exist_ok=True)
+    with open(paths[0], "x", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    with open(paths[1], "x", encoding="utf-8") as file:
+        json.dump({"figures": figures, "args": asdict(args)}, file, indent=2)
+    print(f"{args.model_name}: {len(problems)} problems, {len(rows)} completions, answers by {args.answer_mode}")
+    for name, value in figures.items():
+        print(f"{name:24}{value:10.4f}")
+    print(f"written: {paths[0]}, {paths[1]}")

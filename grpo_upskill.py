@@ -1,0 +1,972 @@
+"""UpSkill (Shah et al. 2026, arXiv 2602.22296): GRPO plus a mutual-information reward that teaches N distinct skills.
+
+A skill z in 1..N is a text prefix of the question, "Strategy {z} | ...". Every question x is answered under every z, and a
+completion y is rewarded for being right and for telling which z produced it:
+
+    r(y; x, z) = r_correct + alpha_mi * r_MI,        r_correct = +1 right, -1 wrong
+    r_MI       = log p(y | x, z) - log (1/N) sum_z' p(y | x, z')                             (--mi-form seq, <= ln N)
+
+E[r_MI] is the mutual information I(y; z | x), so the N skills spread over different solutions, and asking each skill once
+beats asking one model N times (pass@N). Advantages, clipped surrogate and updates are GRPO's. With --alpha-mi 0 this file is
+plain GRPO, the control arm, with the prefix or (--no-use-prefix) without.
+
+Not here on purpose: value network, reward model, several GPUs, multi-turn, 4-bit weights, the paper's "semantic" MI (it is
+one number for a whole batch, so group centring cancels it).
+
+One GPU with 80 GB:          python grpo_upskill.py --model-name Qwen/Qwen2.5-7B-Instruct
+No GPU, half a million parameters, minutes: the first command of README.md, where what it reached is written down. Nothing
+in this file has been measured on a GPU yet.
+"""
+
+import functools
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections import defaultdict
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # engine and trainer live in this one process
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from eval_gsm8k import evaluate, extract_answer, is_correct, parse_gold
+
+
+@dataclass
+class Args:
+    # --- experiment ---
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """name of the experiment, the first part of the default run name"""
+    run_name: str = ""
+    """folder under output_dir; starting the same name again resumes it (empty: experiment, model, seed and time)"""
+    output_dir: str = "runs"
+    """where run folders are made"""
+    seed: int = 1
+    """seed of data order, sampling and LoRA initialisation"""
+    track: bool = False
+    """also log to Weights & Biases (metrics.jsonl is always written)"""
+    wandb_project: str = "grpo-upskill"
+    """wandb project"""
+    wandb_entity: str = ""
+    """wandb team (empty: your default)"""
+
+    # --- model ---
+    model_name: str = "Qwen/Qwen2.5-7B-Instruct"
+    """Hugging Face id or local folder of a chat model"""
+    lora_r: int = 32
+    """LoRA rank on all linear layers, base weights in bf16 on a GPU; 0 trains all weights, kept in fp32"""
+    lora_alpha: int = 32
+    """LoRA scale: W + (lora_alpha / lora_r) B A"""
+    trust_remote_code: bool = False
+    """run Python code that comes with the model"""
+
+    # --- data ---
+    dataset: str = "openai/gsm8k"
+    """training problems: Hugging Face id, or a local .jsonl with `question` and `answer` ("... #### 72")"""
+    dataset_config: str = "main"
+    """configuration of a Hugging Face dataset (unused for local files)"""
+    eval_dataset: str = ""
+    """evaluation problems, as --dataset (empty: the hub dataset's test split; a local file gives up its last tenth)"""
+    max_prompt_tokens: int = 512
+    """a longer prompt is an error, never truncated"""
+    system_prompt: str = "You are a helpful math assistant that solves problems step by step."
+    """system message; empty: none"""
+
+    # --- rollout ---
+    num_steps: int = 500
+    """training steps, each one rollout"""
+    questions_per_step: int = 8
+    """questions per rollout"""
+    group_size: int = 10
+    """completions per question, a multiple of max_z: every z is sampled group_size / max_z times"""
+    max_new_tokens: int = 768
+    """longest completion in tokens"""
+    temperature: float = 1.0
+    """sampling temperature; log-probabilities are taken at the same temperature"""
+    answer_mode: Literal["strict", "flexible", "boxed", "xml", "auto"] = "auto"
+    """where the training reward looks for the answer (see eval_gsm8k.extract_answer)"""
+
+    # --- UpSkill ---
+    max_z: int = 5
+    """number of skills N"""
+    alpha_mi: float = 5.0
+    """weight of the MI reward; 0 is plain GRPO and skips the N scoring passes"""
+    mi_form: Literal["seq", "token", "token_mean"] = "seq"
+    """seq: mixture over whole completions; token: the paper's sum over tokens; token_mean: that sum over the length"""
+    mi_clip: float = 0.0
+    """clip the MI reward to [-mi_clip, mi_clip] nats; 0: no clipping"""
+    mi_gate: bool = False
+    """give the MI reward to correct completions only, against skills that are distinct and wrong"""
+    alpha_warmup_steps: int = 0
+    """raise alpha_mi linearly from 0 over this many steps"""
+    mixture_kl_coef: float = 0.0
+    """weight of -(log mixture(y|x) - log p_ref(y|x without prefix)), which keeps the mean over skills near the start"""
+    correct_coef: float = 1.0
+    """weight of the correctness reward; 0 trains on MI alone"""
+    skill_prefix: str = "Strategy {z} | "
+    """text before the question; {z} becomes the skill's number"""
+    use_prefix: bool = True
+    """--no-use-prefix is the control without skills (needs --alpha-mi 0)"""
+    group_by: Literal["question", "skill"] = "question"
+    """what is compared: all completions of a question, or only those with the same z"""
+    shuffle_rewards: bool = False
+    """negative control: permute the rewards of a step, so that nothing can be learned"""
+
+    # --- loss ---
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] = "dapo"
+    """grpo: mean over completions of token means; dr_grpo: sum / (completions x max_new_tokens); dapo: mean over tokens"""
+    clip_low: float = 0.2
+    """ratio is clipped below at 1 - clip_low"""
+    clip_high: float = 0.28
+    """ratio is clipped above at 1 + clip_high (clip-higher, DAPO)"""
+    advantage_scale: Literal["group", "batch", "none"] = "group"
+    """divide centred rewards by the group's standard deviation, the whole step's, or not at all (Dr. GRPO)"""
+    kl_coef: float = 0.0
+    """weight of the k3 estimate of KL(policy || start) in the loss; the paper's runs used 0.04"""
+    is_cap: float = 2.0
+    """truncated importance sampling: weight min(p_trainer / p_vllm, is_cap) a token; 0: no correction"""
+    mask_truncated: bool = False
+    """leave completions that hit max_new_tokens out of the loss"""
+    drop_zero_variance: bool = True
+    """leave groups whose rewards are all equal out of the loss and its denominator"""
+
+    # --- optimizer ---
+    lr: float = 3e-5
+    """peak learning rate; 3e-5 with alpha_mi 5 and 1e-5 with alpha_mi 1 in the paper's figures, both with LoRA"""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """decay to zero after the warm-up, or none"""
+    warmup_steps: int = 50
+    """linear warm-up, in steps"""
+    weight_decay: float = 0.1
+    """AdamW's decoupled weight decay"""
+    max_grad_norm: float = 0.1
+    """gradient norm clip (0.1 in the original code)"""
+    update_epochs: int = 1
+    """passes over a rollout"""
+    num_minibatches: int = 1
+    """optimizer steps per pass"""
+
+    # --- memory ---
+    max_tokens_per_microbatch: int = 16384
+    """padded tokens in one forward-backward; halve it when out of memory"""
+    head_chunk: int = 1024
+    """tokens for which logits [head_chunk, vocabulary] exist at a time"""
+    gradient_checkpointing: bool = True
+    """recompute activations in the backward pass (GPU only)"""
+    gpu_memory_utilization: float = 0.4
+    """share of the GPU's memory (without a GPU: of RAM) that vLLM may take, weights and KV cache"""
+    vllm_sleep: bool = True
+    """give vLLM's memory back while training (GPU only)"""
+    enforce_eager: bool = False
+    """vLLM without CUDA graphs: starts faster, decodes slower"""
+    max_logp_diff: float = 0.1
+    """stop if trainer and vLLM differ by more than this on average, in nats per sampled token"""
+
+    # --- evaluation and checkpoint ---
+    eval_every: int = 50
+    """evaluate every so many steps, besides the start and the end; 0: only there"""
+    eval_size: int = 200
+    """number of evaluation problems; 0: all"""
+    eval_samples: int = 1
+    """samples of each skill (without prefix: max_z times as many samples) per evaluation problem"""
+    eval_temperature: float = 0.7
+    """sampling temperature of evaluations; 0 is greedy"""
+    save_every: int = 50
+    """write a checkpoint every so many steps, and at the end; 0: only there"""
+    keep_last: int = 2
+    """checkpoints kept"""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data and prompt
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def fail(message: str):
+    """End the program the way every user error ends here: one sentence on stderr, exit code 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def load_problems(dataset: str, config: str, split: str) -> list[dict]:
+    """Load [{"question": str, "gold": str}, ...] from a local .jsonl file or a hub dataset with GSM8K's two columns.
+
+    A row needs `question` and `answer`; the gold answer is the number after the last "####" of `answer`, or the whole of
+    `answer` if it is a bare number. `config` and `split` are used for hub datasets only. A row that cannot be used ends
+    the program with its file and line number (exit code 2): a dataset is never shortened silently.
+    """
+    if dataset.endswith((".jsonl", ".json")) or os.path.exists(dataset):
+        if not os.path.isfile(dataset):
+            fail(f"dataset file {dataset} does not exist; give a .jsonl file or a Hugging Face dataset id.")
+        rows = []
+        with open(dataset, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    try:
+                        rows.append((f"{dataset}, line {number}", json.loads(line)))
+                    except ValueError as error:
+                        fail(f"{dataset}, line {number} is not valid JSON ({error}); write one JSON object per line.")
+    else:
+        from datasets import load_dataset
+
+        try:
+            table = load_dataset(dataset, config or None, split=split)
+        except Exception as error:  # hub, network and cache errors have no common base class
+            fail(f"dataset {dataset} ({config}, {split}) did not load: {type(error).__name__}: {str(error)[:300]}")
+        rows = [(f"{dataset}, {split} row {i}", row) for i, row in enumerate(table)]
+    problems = []
+    for where, row in rows:
+        for column in ("question", "answer"):
+            if not isinstance(row, dict) or not str(row.get(column) or "").strip():
+                fail(f"{where} has no {column!r}; every row needs a non-empty 'question' and 'answer'.")
+        gold = parse_gold(str(row["answer"]))
+        if gold is None:
+            fail(f"{where}: no number after '####' in 'answer' ({str(row['answer'])[-60:]!r}); end it with '#### <number>'.")
+        problems.append({"question": str(row["question"]).strip(), "gold": gold})
+    if not problems:
+        fail(f"dataset {dataset} holds no problems; give a file with at least one JSON object per line.")
+    return problems
+
+
+def encode_prompt(tokenizer, question: str, system_prompt: str, prefix: str = "") -> list[int]:
+    """Token ids of the chat-templated prompt with the generation header on; `prefix` goes before the question.
+
+    The one place where a prompt becomes ids: rollout, scoring and evaluation all use these ids, so no text is ever
+    tokenised twice and no second BOS can slip in. An empty system prompt means no system message.
+    """
+    messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    messages.append({"role": "user", "content": prefix + question})
+    return tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reward
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def mi_rewards(logps: torch.Tensor, z: torch.Tensor, mask: torch.Tensor, form: str) -> torch.Tensor:
+    """Mutual-information reward of each completion, in nats.
+
+    logps [B, N, T]: log p(y_t | x, z', y_<t) of the sampled tokens under every skill z'; z [B]: the index 0..N-1 of the
+    skill that sampled; mask [B, T]: True on completion tokens. Returns [B].
+
+    seq          log p(y|x,z) - log (1/N) sum_z' p(y|x,z')           <= ln N; its mean is I(y; z | x)
+    token        sum_t log p(y_t|..z..) - log (1/N) sum_z' p(y_t|..z'..)    the paper's formula; <= T ln N, over-counts I
+    token_mean   token / T
+    """
+    logps = logps.double().masked_fill(~mask[:, None], 0.0)
+    own = torch.arange(len(z), device=z.device)
+    if form == "seq":
+        totals = logps.sum(-1)  # [B, N]
+        return (totals[own, z] - totals.logsumexp(1) + math.log(totals.shape[1])).float()
+    per_token = logps[own, z] - logps.logsumexp(1) + math.log(logps.shape[1])  # [B, T]
+    rewards = per_token.masked_fill(~mask, 0.0).sum(-1)
+    return (rewards / mask.sum(-1).clamp(min=1) if form == "token_mean" else rewards).float()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Policy and log-probabilities
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_policy(model_name: str, device, lora_r: int, lora_alpha: int, gradient_checkpointing: bool, trust_remote_code: bool):
+    """The model to train: all weights in fp32, or LoRA adapters in fp32 on a frozen base (bf16 on a GPU, fp32 without).
+
+    fp32 because an update of 1e-6 is lost when it is added to a bf16 weight. Dropout is off: it would make the
+    probabilities that are trained differ from those that were sampled.
+    """
+    from transformers import AutoModelForCausalLM
+
+    frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
+    policy = AutoModelForCausalLM.from_pretrained(
+        model_name, dtype=frozen if lora_r else torch.float32, trust_remote_code=trust_remote_code
+    ).to(device)
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(policy.config, name, None) not in (None, 1, 1.0):
+            fail(f"{model_name} sets {name}, which rescales logits after the head; token_logprobs does not, so add it there.")
+    policy.config.attention_dropout = 0.0
+    for module in policy.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    if gradient_checkpointing and device.type == "cuda":
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if lora_r:
+        from peft import LoraConfig, get_peft_model
+
+        policy = get_peft_model(
+            policy, LoraConfig(r=lora_r, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+        )
+    return policy.train()
+
+
+def token_logprobs(policy, ids, prompt_lens, completion_lens, temperature: float, head_chunk: int):
+    """Log-probability and entropy of every completion token, without ever holding [B, T, vocabulary].
+
+    ids [B, T]: prompt + completion, right-padded (attention is causal, so pads to the right change nothing and no mask is
+    needed); prompt_lens, completion_lens [B]. Returns logps and entropy, both [B, C] fp32 in nats with C the longest
+    completion, 0 after its end. Only positions that predict a completion token reach the head, head_chunk at a time, and
+    the backward pass recomputes each chunk's logits: peak memory is head_chunk x vocabulary.
+    """
+    position = torch.arange(ids.shape[1] - 1, device=ids.device)
+    predicts = (position >= prompt_lens[:, None] - 1) & (position < (prompt_lens + completion_lens)[:, None] - 1)
+    autocast = torch.autocast("cuda", torch.bfloat16) if ids.device.type == "cuda" else nullcontext()
+    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    head = model.get_output_embeddings()
+
+    def head_logps(hidden, targets):  # [n, H], [n] -> [n], [n]
+        logits = head(hidden).float() / temperature  # [n, vocabulary]: fp32 before the softmax
+        logz = logits.logsumexp(-1)
+        with torch.no_grad():
+            entropy = logz - (torch.exp(logits - logz[:, None]) * logits).sum(-1)
+        return logits.gather(-1, targets[:, None])[:, 0] - logz, entropy
+
+    with autocast:
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][predicts]  # [n, H]
+        targets = ids[:, 1:][predicts]  # [n]
+        chunks = [
+            checkpoint(head_logps, h, t, use_reentrant=False) if torch.is_grad_enabled() else head_logps(h, t)
+            for h, t in zip(hidden.split(head_chunk), targets.split(head_chunk))
+        ]
+    mask = torch.arange(int(completion_lens.max()), device=ids.device) < completion_lens[:, None]  # [B, C]
+    zeros = torch.zeros(mask.shape, device=ids.device)
+    logps, entropy = (torch.cat(parts) for parts in zip(*chunks))
+    return zeros.masked_scatter(mask, logps), zeros.masked_scatter(mask, entropy)
+
+
+@torch.no_grad()
+def score(policy, prompts, completions, pad_id: int, temperature: float, max_tokens: int, head_chunk: int) -> torch.Tensor:
+    """Log-probabilities [len(prompts), C] of completions given prompts (lists of token ids), on the CPU, 0 after the end."""
+    device = next(policy.parameters()).device
+    logps = torch.zeros(len(prompts), max(map(len, completions)))
+    for rows in micro_batches([len(p) + len(c) for p, c in zip(prompts, completions)], max_tokens):
+        ids, prompt_lens, completion_lens = pad_batch([prompts[i] for i in rows], [completions[i] for i in rows], pad_id)
+        batch = (ids.to(device), prompt_lens.to(device), completion_lens.to(device))
+        part = token_logprobs(policy, *batch, temperature, head_chunk)[0]
+        logps[rows, : part.shape[1]] = part.cpu()
+    return logps
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Advantages and loss
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def group_advantages(rewards: torch.Tensor, scale: str, eps: float = 1e-4) -> torch.Tensor:
+    """Rewards [groups, G] minus their group's mean, over the group's or the whole batch's standard deviation, or as is.
+
+    A = (r - mean) / (std + eps) with the sample standard deviation (GRPO, DeepSeekMath section 4.1; eps as TRL);
+    scale "none" is Dr. GRPO.
+    """
+    centred = rewards - rewards.mean(1, keepdim=True)
+    if scale == "group":
+        return centred / (rewards.std(1, keepdim=True) + eps)
+    if scale == "batch":
+        return centred / (rewards.std() + eps)
+    return centred
+
+
+def policy_loss(
+    logps, old_logps, advantages, mask, loss_type, clip_low, clip_high, denominator, is_weights=None, ref_logps=None, kl_coef=0.0
+):
+    """The micro-batch's share of the step's loss, and sums over its tokens for the log.
+
+    logps, old_logps, is_weights, ref_logps, mask [B, C]; advantages [B]. `denominator` belongs to the whole optimizer
+    step, not to this micro-batch: its tokens (dapo), its completions (grpo), or its completions x max_new_tokens
+    (dr_grpo); so shares add up to the loss of the batch however it is split.
+
+        ratio_t = exp(logp_t - old_t)
+        l_t     = -w_t min(ratio_t A, clip(ratio_t, 1 - clip_low, 1 + clip_high) A) + kl_coef k3_t
+        k3_t    = exp(ref_t - logp_t) - (ref_t - logp_t) - 1                                 (DeepSeekMath equation 4)
+    """
+    advantages = advantages[:, None]
+    log_ratio = (logps - old_logps).masked_fill(~mask, 0.0)
+    ratio = log_ratio.exp()
+    per_token = -torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)  # [B, C]
+    if is_weights is not None:
+        per_token = per_token * is_weights
+    sums = {}
+    if ref_logps is not None:
+        log_ref = (ref_logps - logps).masked_fill(~mask, 0.0)
+        k3 = log_ref.exp() - log_ref - 1
+        per_token = per_token + kl_coef * k3
+        sums["kl"] = k3.detach().sum()
+    per_token = per_token.masked_fill(~mask, 0.0)
+    if loss_type == "grpo":
+        per_token = per_token / mask.sum(1, keepdim=True).clamp(min=1)
+    with torch.no_grad():
+        sums["clip_low"] = ((ratio < 1 - clip_low) & (advantages < 0) & mask).sum()
+        sums["clip_high"] = ((ratio > 1 + clip_high) & (advantages > 0) & mask).sum()
+        sums["approx_kl"] = (ratio - 1 - log_ratio).sum()  # k3 of KL(old || new); padding adds 0
+    return per_token.sum() / denominator, sums
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# vLLM
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def make_engine(
+    model_name: str, device, max_model_len: int, seed: int, gpu_memory_utilization: float, enforce_eager: bool,
+    sleep: bool, trust_remote_code: bool,
+):
+    """A vLLM engine in this process. Its weights are random until the first `sync_weights`.
+
+    Call it before seeding (it reseeds python, numpy and torch) and before loading the policy (it measures free memory).
+    Raises nothing of its own; a missing GPU and a missing CPU build end the program with a sentence.
+    """
+    try:
+        from vllm import LLM
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        fail(f"vllm cannot be imported ({error}); install requirements.txt, or without a GPU tests/requirements-cpu.txt.")
+    if device.type == "cpu" and not current_platform.is_cpu():
+        fail("no GPU is visible and this vllm is not a CPU build; run on a GPU, or install tests/requirements-cpu.txt.")
+    return LLM(
+        model=model_name,
+        dtype="bfloat16" if device.type == "cuda" else "float32",  # "auto" would read fp32 checkpoints as fp16
+        load_format="dummy",
+        # On the CPU a tied head keeps its old weights after a reload (checked with 0.32): untie it in the engine.
+        hf_overrides={"tie_word_embeddings": False} if device.type == "cpu" else None,
+        max_model_len=max_model_len,
+        seed=seed,
+        gpu_memory_utilization=gpu_memory_utilization,
+        kv_cache_memory_bytes=2**30 if device.type == "cpu" else None,  # not a share of RAM that others are using
+        enforce_eager=enforce_eager or device.type == "cpu",
+        enable_sleep_mode=sleep,
+        logprobs_mode="processed_logprobs",  # log_softmax(logits / temperature), what the trainer computes
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def rollout(llm, prompts: list[list[int]], n: int, temperature: float, max_new_tokens: int) -> list[dict]:
+    """n completions of each prompt: [{"prompt", "tokens", "logps", "finish_reason"}], the n of a prompt side by side.
+
+    `logps` are vLLM's log-probabilities of the sampled tokens. Sampling is from the full distribution (no top-p, no
+    top-k), because that is what the loss differentiates. A completion that ended by itself keeps its end token.
+    """
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        n=n, temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_new_tokens, logprobs=0, detokenize=False
+    )
+    samples = []
+    for result in llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False):
+        for output in result.outputs:
+            tokens = list(output.token_ids)
+            logps = [entry[token].logprob for entry, token in zip(output.logprobs, tokens)]
+            samples.append(
+                {"prompt": result.prompt_token_ids, "tokens": tokens, "logps": logps, "finish_reason": output.finish_reason}
+            )
+    return samples
+
+
+def merged_weights(policy):
+    """(name, tensor) of every weight under its Hugging Face name; LoRA layers as W + (alpha / r) B A, formed in fp32.
+
+    One layer at a time into a temporary: the policy is never merged and unmerged in place, which would drift in bf16.
+    """
+    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    for name, weight in model.state_dict().items():
+        if ".lora_" in name:
+            continue
+        if ".base_layer." in name:
+            layer = model.get_submodule(name.split(".base_layer.")[0])
+            name = name.replace(".base_layer.", ".")
+            if name.endswith(".weight"):
+                lora_a, lora_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+                weight = weight.float() + layer.scaling["default"] * (lora_b.float() @ lora_a.float())
+        yield name, weight
+
+
+@torch.no_grad()
+def sync_weights(llm, policy, sleep: bool):
+    """Wake the engine, push the policy's weights into it, drop cached prefixes, which hold the old weights' keys."""
+    if sleep:
+        torch.cuda.empty_cache()
+        llm.wake_up(["weights"])
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": merged_weights(policy)})
+    if sleep:
+        llm.wake_up(["kv_cache"])
+    if not llm.reset_prefix_cache():
+        raise RuntimeError("vLLM did not reset its prefix cache; its next completions would mix old and new weights.")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Micro-batches
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Indices in batches of similar length, longest first, rows x longest row <= max_tokens (but at least one row)."""
+    batches = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def pad_batch(prompts, completions, pad_id: int):
+    """Right-padded prompt + completion: ids [B, T], prompt lengths [B], completion lengths [B].
+
+    Example: prompts [[5, 6], [7]], completions [[8], [9, 1]], pad 0 -> ids [[5, 6, 8], [7, 9, 1]].
+    """
+    rows = [torch.tensor(list(p) + list(c)) for p, c in zip(prompts, completions)]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    return ids, torch.tensor([len(p) for p in prompts]), torch.tensor([len(c) for c in completions])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoint
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(folder: str, policy, optimizer, state: dict, keep_last: int):
+    """Write <folder>/step_<n> whole or not at all: into a temporary folder, flushed to disk, then renamed.
+
+    `state` holds plain values (its "step" names the folder); trained weights go to safetensors, the optimizer and all
+    random generators beside them. sizes.json is what `load_checkpoint` checks before it trusts the rest.
+    """
+    from safetensors.torch import save_file
+
+    final = os.path.join(folder, f"step_{state['step']:06d}")
+    temporary = os.path.join(folder, f"tmp_{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    os.makedirs(temporary)
+    weights = {n: p.detach().cpu().contiguous() for n, p in policy.named_parameters() if p.requires_grad}
+    save_file(weights, os.path.join(temporary, "policy.safetensors"))
+    numpy_state = np.random.get_state()
+    generators = {
+        "python": random.getstate(),
+        "numpy": (numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+    training = {"optimizer": optimizer.state_dict(), "generators": generators, "state": state}
+    torch.save(training, os.path.join(temporary, "training.pt"))
+    sizes = {name: os.path.getsize(os.path.join(temporary, name)) for name in os.listdir(temporary)}
+    with open(os.path.join(temporary, "sizes.json"), "w") as file:
+        json.dump(sizes, file)
+    for name in [*sizes, "sizes.json"]:
+        with open(os.path.join(temporary, name), "rb") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(temporary, final)
+    for old in sorted(name for name in os.listdir(folder) if name.startswith("step_"))[:-keep_last]:
+        shutil.rmtree(os.path.join(folder, old))
+
+
+def load_checkpoint(folder: str, policy, optimizer) -> dict | None:
+    """Restore the newest whole checkpoint under `folder` in place and return its `state`; None if there is none.
+
+    A torn or unreadable checkpoint is reported and passed over for the one before it.
+    """
+    from safetensors.torch import load_file
+
+    names = sorted((n for n in os.listdir(folder) if n.startswith("step_")), reverse=True) if os.path.isdir(folder) else []
+    for name in names:
+        path = os.path.join(folder, name)
+        try:
+            with open(os.path.join(path, "sizes.json")) as file:
+                for part, size in json.load(file).items():
+                    if os.path.getsize(os.path.join(path, part)) != size:
+                        raise ValueError(f"{part} is not {size} bytes long")
+            weights = load_file(os.path.join(path, "policy.safetensors"))
+            training = torch.load(os.path.join(path, "training.pt"), map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever is wrong with the files, the answer is the same
+            print(f"warning: checkpoint {path} is damaged and passed over: {error}", file=sys.stderr)
+            continue
+        with torch.no_grad():
+            for key, parameter in policy.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(weights[key])
+        optimizer.load_state_dict(training["optimizer"])
+        generators = training["generators"]
+        random.setstate(generators["python"])
+        np.random.set_state(generators["numpy"])
+        torch.set_rng_state(generators["torch"])
+        if generators["cuda"]:
+            torch.cuda.set_rng_state_all(generators["cuda"])
+        return training["state"]
+    return None
+
+
+def save_final(folder: str, policy, tokenizer, dtype):
+    """A plain Hugging Face model folder (merged if LoRA, with the adapter under adapter/), complete when it exists."""
+    from huggingface_hub import save_torch_state_dict
+
+    temporary = folder + ".tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    os.makedirs(temporary)
+    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    skip = ["lm_head.weight"] if model.config.tie_word_embeddings else []
+    weights = {n: w.detach().to("cpu", dtype).contiguous() for n, w in merged_weights(policy) if n not in skip}
+    save_torch_state_dict(weights, temporary)
+    model.config.dtype = dtype
+    model.config.save_pretrained(temporary)
+    model.generation_config.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    if policy is not model:
+        policy.save_pretrained(os.path.join(temporary, "adapter"))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(temporary, folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The algorithm
+# ----------------------------------------------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    import tyro
+    from tqdm import tqdm
+    from transformers import AutoConfig, AutoTokenizer
+
+    args = tyro.cli(Args, description=__doc__)
+    skills = args.max_z if args.use_prefix else 1  # N
+    copies = args.group_size // max(1, skills)  # completions of one (question, z)
+    for name in ("num_steps", "questions_per_step", "max_new_tokens", "max_prompt_tokens", "max_z", "update_epochs",
+                 "num_minibatches", "max_tokens_per_microbatch", "head_chunk", "eval_samples", "keep_last"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
+    for name in ("eval_every", "eval_size", "save_every", "lora_r", "alpha_mi", "mi_clip", "alpha_warmup_steps", "kl_coef",
+                 "mixture_kl_coef", "is_cap", "lr", "warmup_steps", "eval_temperature", "correct_coef"):
+        if getattr(args, name) < 0:
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative.")
+    if args.group_size < 2 or args.group_size % skills:
+        fail(f"--group-size {args.group_size} must be at least 2 and a multiple of --max-z {skills}, so that groups compare.")
+    if args.group_by == "skill" and copies < 2:
+        fail(f"--group-by skill compares completions of one z; --group-size must be at least {2 * skills}, two for each z.")
+    if not args.use_prefix and (args.alpha_mi or args.mixture_kl_coef):
+        fail("--no-use-prefix leaves no skills to tell apart; add --alpha-mi 0 and --mixture-kl-coef 0, or keep the prefix.")
+    if args.use_prefix and skills > 1 and "{z}" not in args.skill_prefix:
+        fail(f"--skill-prefix {args.skill_prefix!r} does not contain {{z}}, so all skills would get the same prompt.")
+    if args.temperature <= 0:
+        fail(f"--temperature is {args.temperature}; training needs samples, so it must be above 0.")
+
+    # data
+    problems = load_problems(args.dataset, args.dataset_config, "train")
+    if args.eval_dataset or not os.path.exists(args.dataset):
+        eval_problems = load_problems(args.eval_dataset or args.dataset, args.dataset_config, "test")
+    else:
+        held_out = len(problems) // 10 + 1
+        problems, eval_problems = problems[:-held_out], problems[-held_out:]
+    eval_problems = eval_problems[: args.eval_size or None]
+    if len(problems) < args.questions_per_step:
+        fail(f"{args.dataset} leaves {len(problems)} training problems, fewer than --questions-per-step; add rows or lower it.")
+    try:
+        config = AutoConfig.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        fail(f"model {args.model_name} did not load ({str(error).splitlines()[0]}); give a Hugging Face id or a model folder.")
+    if not tokenizer.chat_template or tokenizer.eos_token_id is None:
+        fail(f"the tokenizer of {args.model_name} has no chat template or no EOS token; use an instruct model or add them.")
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    @functools.lru_cache(maxsize=8192)
+    def encode(question, z):
+        prefix = args.skill_prefix.replace("{z}", str(z)) if args.use_prefix and z is not None else ""
+        return encode_prompt(tokenizer, question, args.system_prompt, prefix)
+
+    for i, problem in enumerate(problems + eval_problems):
+        if len(encode(problem["question"], skills)) > args.max_prompt_tokens:
+            fail(f"the prompt of {problem['question'][:60]!r}... has {len(encode(problem['question'], skills))} tokens, "
+                 f"more than --max-prompt-tokens {args.max_prompt_tokens}; raise it or remove the row.")
+    max_model_len = args.max_prompt_tokens + args.max_new_tokens
+    if max_model_len > getattr(config, "max_position_embeddings", max_model_len):
+        fail(f"--max-prompt-tokens + --max-new-tokens is {max_model_len}, but the model ends at {config.max_position_embeddings}.")
+
+    # run folder
+    args.run_name = args.run_name or f"{args.exp_name}__{os.path.basename(args.model_name)}__{args.seed}__{int(time.time())}"
+    run_dir = os.path.join(args.output_dir, args.run_name)
+    final_dir, args_path = os.path.join(run_dir, "final"), os.path.join(run_dir, "args.json")
+    if os.path.isdir(final_dir):
+        print(f"{run_dir} is complete, its model is in {final_dir}; nothing to do (another --run-name starts a new run).")
+        sys.exit(0)
+    if os.path.exists(args_path):
+        with open(args_path) as file:
+            before = json.load(file)
+        free = ("output_dir", "track", "wandb_project", "wandb_entity", "save_every", "keep_last")
+        now = json.loads(json.dumps(asdict(args)))
+        changed = [k for k in {**before, **now} if k not in free and before.get(k) != now.get(k)]
+        if changed:
+            listed = ", ".join(f"--{k.replace('_', '-')} was {before.get(k)!r} and is {now.get(k)!r}" for k in changed)
+            fail(f"{run_dir} was started with other arguments ({listed}); give the old ones or another --run-name.")
+    elif os.path.isdir(run_dir) and os.listdir(run_dir):
+        fail(f"{run_dir} exists and holds no run; choose another --run-name.")
+    # engine first, then seeds (the engine reseeds everything), then the policy
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    sleep = args.vllm_sleep and device.type == "cuda"
+    llm = make_engine(args.model_name, device, max_model_len, args.seed, args.gpu_memory_utilization, args.enforce_eager,
+                      sleep, args.trust_remote_code)
+    if sleep:
+        llm.sleep(level=2)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    policy = load_policy(args.model_name, device, args.lora_r, args.lora_alpha, args.gradient_checkpointing, args.trust_remote_code)
+    reference = policy  # with LoRA: the same model, adapters off
+    if not args.lora_r and (args.kl_coef or args.mixture_kl_coef):
+        reference = load_policy(args.model_name, device, 0, 0, False, args.trust_remote_code).to(dtype).requires_grad_(False)
+    optimizer = torch.optim.AdamW(
+        [p for p in policy.parameters() if p.requires_grad], lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay,
+        fused=True,
+    )
+
+    os.makedirs(run_dir, exist_ok=True)
+    with open(args_path, "w") as file:
+        json.dump(asdict(args), file, indent=2)
+    if args.track:
+        import wandb
+
+        wandb.init(project=args.wandb_project, entity=args.wandb_entity or None, name=args.run_name, id=args.run_name,
+                   resume="allow", config=asdict(args), save_code=True)
+
+    # resume: everything after the checkpoint is cut off the logs and done again
+    checkpoints = os.path.join(run_dir, "checkpoints")
+    state = load_checkpoint(checkpoints, policy, optimizer) or {"step": 0, "metrics_bytes": 0, "samples_bytes": 0}
+    metrics_path, samples_path = os.path.join(run_dir, "metrics.jsonl"), os.path.join(run_dir, "samples.jsonl")
+    for path, size in ((metrics_path, state["metrics_bytes"]), (samples_path, state["samples_bytes"])):
+        with open(path, "ab") as file:
+            file.truncate(size)
+    signals = []
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: signals.append(number))
+
+    def log(record):
+        with open(metrics_path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        if args.track:
+            wandb.log(record)
+
+    def score_with(model, prompts, completions, temperature=args.temperature):  # [len(prompts), C]
+        return score(model, prompts, completions, pad_id, temperature, args.max_tokens_per_microbatch, args.head_chunk)
+
+    def skill_logps(questions, completions, temperature):  # [B, N, C]
+        prompts = [encode(question, z) for question in questions for z in range(1, skills + 1)]
+        repeated = [completion for completion in completions for _ in range(skills)]
+        return score_with(policy, prompts, repeated, temperature).view(len(questions), skills, -1)
+
+    def skill_metrics(logps, z, mask):
+        mi = mi_rewards(logps, z, mask, "seq").mean().item()
+        decoded = (logps.sum(-1).argmax(1) == z).float().mean().item()
+        return {"mi": mi, "mi_over_ln_n": mi / math.log(skills), "z_decoded": decoded}
+
+    def run_evaluation(step):
+        started = time.perf_counter()
+        figures, rows = evaluate(
+            llm, tokenizer, eval_problems, encode, num_skills=skills if args.use_prefix else 0,
+            num_samples=args.eval_samples * (1 if args.use_prefix else args.max_z), temperature=args.eval_temperature,
+            max_new_tokens=args.max_new_tokens, answer_mode=args.answer_mode, seed=args.seed,
+        )
+        record = {"step": step, **{f"eval/{key}": value for key, value in figures.items()}}
+        rows = [row for row in rows if row["arm"] == "distinct" and row["id"] < 50]
+        if rows and skills > 1:
+            tokens = [row["token_ids"] for row in rows]
+            mask = torch.arange(max(map(len, tokens))) < torch.tensor([len(t) for t in tokens])[:, None]
+            questions = [eval_problems[row["id"]]["question"] for row in rows]
+            logps = skill_logps(questions, tokens, args.eval_temperature or 1.0)
+            measured = skill_metrics(logps, torch.tensor([row["z"] - 1 for row in rows]), mask)
+            record |= {f"skill/eval_{key}": value for key, value in measured.items()}
+        record["time/eval"] = time.perf_counter() - started
+        log(record)
+
+    terminal = sys.stderr.isatty()
+    bar = tqdm(range(state["step"], args.num_steps), initial=state["step"], total=args.num_steps, disable=not terminal)
+    for step in bar:
+        t0 = time.perf_counter()
+        sync_weights(llm, policy, sleep)
+        t_sync = time.perf_counter() - t0
+        if step == 0 or (args.eval_every and step % args.eval_every == 0):
+            run_evaluation(step)
+
+        # rollout: questions_per_step x group_size completions, z-major inside a question
+        t1 = time.perf_counter()
+        epoch_size = len(problems) // args.questions_per_step  # steps; the order depends on seed and epoch alone
+        order = np.random.default_rng([args.seed, step // epoch_size]).permutation(len(problems))
+        first = step % epoch_size * args.questions_per_step
+        batch = [problems[i] for i in order[first : first + args.questions_per_step] for _ in range(args.group_size)]
+        z = torch.arange(skills).repeat_interleave(copies).repeat(args.questions_per_step)  # [B], 0..N-1
+        prompts = [encode(problem["question"], k.item() + 1) for problem, k in zip(batch, z)]
+        samples = rollout(llm, prompts[::copies], copies, args.temperature, args.max_new_tokens)
+        if sleep:
+            llm.sleep(level=2)
+        t2 = time.perf_counter()
+
+        # reward
+        tokens = [sample["tokens"] for sample in samples]
+        lengths = torch.tensor([len(t) for t in tokens])
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]  # [B, C]
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        correct = torch.tensor(
+            [is_correct(extract_answer(text, args.answer_mode), problem["gold"]) for text, problem in zip(texts, batch)]
+        )
+        truncated = torch.tensor([sample["finish_reason"] == "length" for sample in samples])
+        r_correct = correct.float() * 2 - 1
+        t3 = time.perf_counter()
+        alpha = args.alpha_mi * min(1.0, (step + 1) / max(1, args.alpha_warmup_steps))
+        r_mi, r_kl, logps_z = torch.zeros(len(batch)), torch.zeros(len(batch)), None
+        if args.alpha_mi or args.mixture_kl_coef:
+            logps_z = skill_logps([problem["question"] for problem in batch], tokens, args.temperature)  # [B, N, C]
+            r_mi = mi_rewards(logps_z, z, mask, args.mi_form)
+            if args.mi_clip:
+                r_mi = r_mi.clamp(-args.mi_clip, args.mi_clip)
+            if args.mi_gate:
+                r_mi = r_mi * correct
+        if args.mixture_kl_coef:
+            with policy.disable_adapter() if args.lora_r else nullcontext():
+                plain = score_with(reference, [encode(problem["question"], None) for problem in batch], tokens).sum(-1)
+            r_kl = plain - logps_z.sum(-1).logsumexp(1) + math.log(skills)
+        rewards = args.correct_coef * r_correct + alpha * r_mi + args.mixture_kl_coef * r_kl
+        if args.shuffle_rewards:
+            rewards = rewards[torch.randperm(len(rewards))]
+        t4 = time.perf_counter()
+
+        # advantages: within a question, or within a question and skill
+        grouped = rewards.view(-1, args.group_size if args.group_by == "question" else copies)
+        advantages = group_advantages(grouped, args.advantage_scale).flatten()  # [B]
+        varied = (grouped.amax(1) > grouped.amin(1)).repeat_interleave(grouped.shape[1])  # [B]
+        rows = np.flatnonzero(varied) if args.drop_zero_variance else np.arange(len(batch))
+
+        # log-probabilities before the update, where they are not simply those of the first forward pass
+        old_logps = ref_logps = None
+        if args.update_epochs * args.num_minibatches > 1:
+            old_logps = score_with(policy, prompts, tokens) if logps_z is None else logps_z[torch.arange(len(z)), z]
+        if args.kl_coef:
+            with policy.disable_adapter() if args.lora_r else nullcontext():
+                ref_logps = score_with(reference, prompts, tokens)
+        vllm_logps = torch.zeros(mask.shape).masked_scatter(mask, torch.tensor([x for s in samples for x in s["logps"]]))
+
+        # update
+        progress = max(0, step - args.warmup_steps) / max(1, args.num_steps - args.warmup_steps)
+        decay = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 + 0.5 * math.cos(math.pi * progress)}
+        lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps)) * decay[args.lr_schedule]
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        sums, logp_diff_max, grad_norms = defaultdict(float), torch.zeros((), device=device), []
+        shuffle = np.random.default_rng([args.seed, step, 1])
+        for _ in range(args.update_epochs):
+            parts = shuffle.permutation(rows) if args.num_minibatches > 1 else rows
+            for minibatch in np.array_split(parts, args.num_minibatches):
+                trained = [i for i in minibatch if not (args.mask_truncated and truncated[i])]
+                if not trained:
+                    continue
+                denominator = {"dapo": int(lengths[trained].sum()), "grpo": len(minibatch),
+                               "dr_grpo": len(minibatch) * args.max_new_tokens}[args.loss_type]
+                for part in micro_batches([len(prompts[i]) + len(tokens[i]) for i in trained], args.max_tokens_per_microbatch):
+                    part = [trained[j] for j in part]
+                    ids, prompt_lens, completion_lens = pad_batch([prompts[i] for i in part], [tokens[i] for i in part], pad_id)
+                    width = int(completion_lens.max())
+                    part_mask, vllm = mask[part, :width].to(device), vllm_logps[part, :width].to(device)
+                    logps, entropy = token_logprobs(policy, ids.to(device), prompt_lens.to(device), completion_lens.to(device),
+                                                    args.temperature, args.head_chunk)
+                    old = logps.detach() if old_logps is None else old_logps[part, :width].to(device)
+                    is_weights = (old - vllm).exp().clamp(max=args.is_cap) if args.is_cap else None
+                    loss, part_sums = policy_loss(
+                        logps, old, advantages[part].to(device), part_mask, args.loss_type, args.clip_low, args.clip_high,
+                        denominator, is_weights, None if ref_logps is None else ref_logps[part, :width].to(device), args.kl_coef,
+                    )
+                    loss.backward()
+                    diff = (old - vllm).abs()
+                    logp_diff_max = torch.maximum(logp_diff_max, diff.max())
+                    part_sums |= {"loss": loss.detach(), "tokens": part_mask.sum(), "entropy": entropy.sum(), "diff": diff.sum()}
+                    part_sums["is_weight"] = part_mask.sum() if is_weights is None else (is_weights * part_mask).sum()
+                    for key, value in part_sums.items():
+                        sums[key] += value
+                if sums["diff"] / sums["tokens"] > args.max_logp_diff:
+                    fail(f"trainer and vLLM disagree by {sums['diff'] / sums['tokens']:.3f} nats a token (--max-logp-diff "
+                         f"{args.max_logp_diff}) at step {step}: stale weights, another temperature or prompt, or a model whose "
+                         "logits are changed after the head; nothing was updated with them.")
+                grad_norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm))
+                optimizer.step()
+                optimizer.zero_grad()
+        sums = {key: float(value) for key, value in sums.items()}
+        t5 = time.perf_counter()
+
+        # log
+        count, groups = sums.get("tokens", 0) or 1, len(varied) // grouped.shape[1]
+        seconds = t5 - t1 + t_sync
+        record = {
+            "step": step + 1,
+            "global_step": (step + 1) * len(batch),
+            "charts/reward": rewards.mean().item(),
+            "charts/reward_std": rewards.std().item(),
+            "charts/accuracy": correct.float().mean().item(),
+            "charts/length": lengths.float().mean().item(),
+            "charts/truncated": truncated.float().mean().item(),
+            "charts/zero_variance": 1 - varied.float().mean().item(),
+            "charts/learning_rate": lr,
+            "charts/samples_per_second": len(batch) / seconds,
+            "charts/tokens_per_second": lengths.sum().item() / seconds,
+            "losses/policy_loss": sums.get("loss", 0.0) / max(1, len(grad_norms)),
+            "losses/grad_norm": float(sum(grad_norms)) / max(1, len(grad_norms)),
+            "losses/entropy": sums.get("entropy", 0.0) / count,
+            "losses/clip_low": sums.get("clip_low", 0.0) / count,
+            "losses/clip_high": sums.get("clip_high", 0.0) / count,
+            "losses/approx_kl": sums.get("approx_kl", 0.0) / count,
+            "rollout/logp_diff_mean": sums.get("diff", 0.0) / count,
+            "rollout/logp_diff_max": float(logp_diff_max),
+            "rollout/is_weight": sums.get("is_weight", 0.0) / count,
+            "time/sync": t_sync,
+            "time/rollout": t2 - t1,
+            "time/grading": t3 - t2,
+            "time/mi_scoring": t4 - t3,
+            "time/forward_backward": t5 - t4,
+            "time/total": seconds,
+        }
+        if args.kl_coef:
+            record["losses/kl"] = sums.get("kl", 0.0) / count
+        if logps_z is not None:
+            record |= {f"skill/{key}": value for key, value in skill_metrics(logps_z, z, mask).items()}
+            record |= {"skill/mi_reward": r_mi.mean().item(), "skill/mixture_kl": -r_kl.mean().item(), "skill/alpha": alpha}
+        for k in range(skills if args.use_prefix else 0):
+            record[f"skill/accuracy_{k + 1}"] = correct[z == k].float().mean().item()
+        if device.type == "cuda":
+            record["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        else:
+            record["memory/peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        log(record)
+        with open(samples_path, "a") as file:  # the first question's whole group
+            for i in range(args.group_size):
+                row = {"step": step + 1, "z": z[i].item() + 1 if args.use_prefix else None, "question": batch[i]["question"],
+                       "completion": texts[i], "gold": batch[i]["gold"], "reward": rewards[i].item(),
+                       "r_correct": r_correct[i].item(), "r_mi": r_mi[i].item(), "r_mixture_kl": r_kl[i].item(),
+                       "advantage": advantages[i].item(), "finish_reason": samples[i]["finish_reason"]}
+                file.write(json.dumps(row) + "\n")
+        line = (f"step {step + 1}/{args.num_steps}  accuracy {record['charts/accuracy']:.3f}  reward {record['charts/reward']:.3f}  "
+                f"mi {record.get('skill/mi', 0.0):.3f}  length {record['charts/length']:.0f}  "
+                f"logp diff {record['rollout/logp_diff_mean']:.1e}  {seconds:.2f} s")
+        bar.set_postfix_str(line.split("  ", 1)[1]) if terminal else print(line, flush=True)
+
+        # checkpoint
+        if step + 1 == args.num_steps or (args.save_every and (step + 1) % args.save_every == 0) or signals:
+            state = {"step": step + 1, "metrics_bytes": os.path.getsize(metrics_path), "samples_bytes": os.path.getsize(samples_path)}
+            save_checkpoint(checkpoints, policy, optimizer, state, args.keep_last)
+        if signals:
+            print(f"stopped by signal {signals[0]} after step {step + 1}; start the same command with --run-name {args.run_name} to go on.")
+            sys.exit(128 + signals[0])
+
+    sync_weights(llm, policy, sleep)
+    run_evaluation(args.num_steps)
+    save_final(final_dir, policy, tokenizer, dtype)
+    with open(metrics_path) as file:
+        evaluations = [record for record in map(json.loads, file) if "eval/pass@1" in record]
+    print(f"\n{'':<28}{'before':>10}{'after':>10}")
+    for key in evaluations[-1]:
+        if key.startswith(("eval/pass", "eval/iid", "eval/plurality", "eval/consensus", "eval/truncated", "skill/")):
+            print(f"{key:<28}{evaluations[0][key]:>10.3f}{evaluations[-1][key]:>10.3f}")
+    print(f"model: {final_dir}   metrics: {metrics_path}   samples: {samples_path}")
