@@ -368,10 +368,10 @@ def evaluate(llm, tokenizer, problems, encode, *, num_samples=1, num_skills=0, i
             rows.append({"id": i, "arm": arm, "z": z, "question": problem["question"], "prompt_token_ids": prompts[z]})
     longest, room = max(len(row["prompt_token_ids"]) for row in rows), llm.model_config.max_model_len
     if longest + max_new_tokens > room:  # vLLM would cut such completions short without a word
-        raise ValueError(f"the longest prompt has {longest} tokens; with max_new_tokens {max_new_tokens} it exceeds {room}.")
+        raise ValueError(f"the longest prompt ({longest} tokens) + max_new_tokens ({max_new_tokens}) exceed {room}.")
 
-    # The engine draws from the global streams: torch's on a CPU; on a GPU each request's seed comes from
-    # numpy's (giving the seeds ourselves raises on a CPU). A filled prefix cache would change the batches and hence the draws.
+    # The engine draws from the global streams: torch's on a CPU; on a GPU, where each request has a seed, from numpy's
+    # (requests with a seed of ours raise on a CPU). A filled prefix cache would change the batches, hence the draws.
     params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, detokenize=False)
     llm.reset_prefix_cache()
     streams = [(np.random.get_state, np.random.set_state), (torch.get_rng_state, torch.set_rng_state)]
@@ -452,7 +452,8 @@ if __name__ == "__main__":
 
     if not args.model_name:
         fail("--model-name is missing; give a Hugging Face id or a model folder (or two files to --compare).")
-    for name, least in (("num_samples", 1), ("max_new_tokens", 1), *((name, 0) for name in ("num_skills", "limit", "temperature", "seed"))):
+    for name in ("num_samples", "max_new_tokens", "num_skills", "limit", "temperature", "seed"):
+        least = int(name in ("num_samples", "max_new_tokens"))
         if getattr(args, name) < least:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be at least {least}.")
     if not 0 < args.top_p <= 1:
@@ -468,9 +469,10 @@ if __name__ == "__main__":
     problems = load_problems(args.dataset, args.dataset_config, args.split)[: args.limit or None]
 
     import torch
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     try:
+        config = AutoConfig.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # hub, file and parser errors have no common base class
         fail(f"no model folder or reachable model id {args.model_name} ({type(error).__name__}: {str(error)[:200]}).")
@@ -483,6 +485,9 @@ if __name__ == "__main__":
 
     zs = range(1, args.num_skills + 1) or [None]
     length = max(len(encode(problem["question"], z)) for problem in problems for z in zs) + args.max_new_tokens
+    room = getattr(config.get_text_config(), "max_position_embeddings", None) or length
+    if length > room:
+        fail(f"longest prompt and --max-new-tokens {args.max_new_tokens} make {length} tokens; the model takes {room}.")
     cuda = torch.cuda.is_available()
     try:
         from vllm import LLM

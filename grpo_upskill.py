@@ -19,6 +19,7 @@ in this file has been measured on a GPU yet.
 """
 
 import functools
+import glob
 import json
 import math
 import os
@@ -61,8 +62,7 @@ class Args:
     """wandb project"""
     wandb_entity: str = ""
     """wandb team (empty: your default)"""
-
-    # --- model ---
+    # model
     model_name: str = "Qwen/Qwen2.5-7B-Instruct"
     """Hugging Face id or local folder of a chat model"""
     lora_r: int = 32
@@ -71,8 +71,7 @@ class Args:
     """LoRA scale: W + (lora_alpha / lora_r) B A"""
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
-
-    # --- data ---
+    # data
     dataset: str = "openai/gsm8k"
     """training problems: Hugging Face id, or a local .jsonl with `question` and `answer` ("... #### 72")"""
     dataset_config: str = "main"
@@ -83,8 +82,7 @@ class Args:
     """a longer prompt is an error, never truncated"""
     system_prompt: str = "You are a helpful math assistant that solves problems step by step."
     """system message; empty: none"""
-
-    # --- rollout ---
+    # rollout
     num_steps: int = 500
     """training steps, each one rollout"""
     questions_per_step: int = 8
@@ -97,8 +95,7 @@ class Args:
     """sampling temperature; log-probabilities are taken at the same temperature"""
     answer_mode: Literal["strict", "flexible", "boxed", "xml", "auto"] = "auto"
     """where the training reward looks for the answer (see eval_gsm8k.extract_answer)"""
-
-    # --- UpSkill ---
+    # UpSkill
     max_z: int = 5
     """number of skills N"""
     alpha_mi: float = 5.0
@@ -123,8 +120,7 @@ class Args:
     """what is compared: all completions of a question, or only those with the same z"""
     shuffle_rewards: bool = False
     """negative control: permute the rewards of a step, so that nothing can be learned"""
-
-    # --- loss ---
+    # loss
     loss_type: Literal["grpo", "dr_grpo", "dapo"] = "dapo"
     """grpo: mean over completions of token means; dr_grpo: sum / (completions x max_new_tokens); dapo: mean over tokens"""
     clip_low: float = 0.2
@@ -141,8 +137,7 @@ class Args:
     """leave completions that hit max_new_tokens out of the loss"""
     drop_zero_variance: bool = True
     """leave groups whose rewards are all equal out of the loss and its denominator"""
-
-    # --- optimizer ---
+    # optimizer
     lr: float = 3e-5
     """peak learning rate; 3e-5 with alpha_mi 5 and 1e-5 with alpha_mi 1 in the paper's figures, both with LoRA"""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -157,8 +152,7 @@ class Args:
     """passes over a rollout"""
     num_minibatches: int = 1
     """optimizer steps per pass"""
-
-    # --- memory ---
+    # memory
     max_tokens_per_microbatch: int = 16384
     """padded tokens in one forward-backward; halve it when out of memory"""
     head_chunk: int = 1024
@@ -173,8 +167,7 @@ class Args:
     """vLLM without CUDA graphs: starts faster, decodes slower"""
     max_logp_diff: float = 0.1
     """stop if trainer and vLLM differ by more than this on average, in nats per sampled token"""
-
-    # --- evaluation and checkpoint ---
+    # evaluation and checkpoint
     eval_every: int = 50
     """evaluate every so many steps, besides the start and the end; 0: only there"""
     eval_size: int = 200
@@ -189,10 +182,7 @@ class Args:
     """checkpoints kept"""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data and prompt
-# ----------------------------------------------------------------------------------------------------------------------
-
+# ---- Data and prompt -------------------------------------------------------------------------------------------------
 
 def fail(message: str):
     """End the program the way every user error ends here: one sentence on stderr, exit code 2."""
@@ -251,10 +241,7 @@ def encode_prompt(tokenizer, question: str, system_prompt: str, prefix: str = ""
     return tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reward
-# ----------------------------------------------------------------------------------------------------------------------
-
+# ---- Reward ----------------------------------------------------------------------------------------------------------
 
 def mi_rewards(logps: torch.Tensor, z: torch.Tensor, mask: torch.Tensor, form: str) -> torch.Tensor:
     """Mutual-information reward of each completion, in nats.
@@ -276,10 +263,7 @@ def mi_rewards(logps: torch.Tensor, z: torch.Tensor, mask: torch.Tensor, form: s
     return (rewards / mask.sum(-1).clamp(min=1) if form == "token_mean" else rewards).float()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Policy and log-probabilities
-# ----------------------------------------------------------------------------------------------------------------------
-
+# ---- Policy and log-probabilities ------------------------------------------------------------------------------------
 
 def load_policy(model_name: str, device, lora_r: int, lora_alpha: int, gradient_checkpointing: bool, trust_remote_code: bool):
     """The model to train: all weights in fp32, or LoRA adapters in fp32 on a frozen base (bf16 on a GPU, fp32 without).
@@ -360,10 +344,7 @@ def score(policy, prompts, completions, pad_id: int, temperature: float, max_tok
     return logps
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Advantages and loss
-# ----------------------------------------------------------------------------------------------------------------------
-
+# ---- Advantages and loss ---------------------------------------------------------------------------------------------
 
 def group_advantages(rewards: torch.Tensor, scale: str, eps: float = 1e-4) -> torch.Tensor:
     """Rewards [groups, G] minus their group's mean, over the group's or the whole batch's standard deviation, or as is.
@@ -414,10 +395,7 @@ def policy_loss(
     return per_token.sum() / denominator, sums
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# vLLM
-# ----------------------------------------------------------------------------------------------------------------------
-
+# ---- vLLM ------------------------------------------------------------------------------------------------------------
 
 def make_engine(
     model_name: str, device, max_model_len: int, seed: int, gpu_memory_utilization: float, enforce_eager: bool,
@@ -505,10 +483,7 @@ def sync_weights(llm, policy, sleep: bool):
         raise RuntimeError("vLLM did not reset its prefix cache; its next completions would mix old and new weights.")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Micro-batches
-# ----------------------------------------------------------------------------------------------------------------------
-
+# ---- Micro-batches ---------------------------------------------------------------------------------------------------
 
 def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
     """Indices in batches of similar length, longest first, rows x longest row <= max_tokens (but at least one row)."""
@@ -530,38 +505,27 @@ def pad_batch(prompts, completions, pad_id: int):
     return ids, torch.tensor([len(p) for p in prompts]), torch.tensor([len(c) for c in completions])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoint
-# ----------------------------------------------------------------------------------------------------------------------
-
+# ---- Checkpoint ------------------------------------------------------------------------------------------------------
 
 def save_checkpoint(folder: str, policy, optimizer, state: dict, keep_last: int):
     """Write <folder>/step_<n> whole or not at all: into a temporary folder, flushed to disk, then renamed.
 
-    `state` holds plain values (its "step" names the folder); trained weights go to safetensors, the optimizer and all
-    random generators beside them. sizes.json is what `load_checkpoint` checks before it trusts the rest.
+    `state` holds plain values (its "step" names the folder); the trained weights go to safetensors, the optimizer and all
+    random generators beside them.
     """
     from safetensors.torch import save_file
 
-    final = os.path.join(folder, f"step_{state['step']:06d}")
-    temporary = os.path.join(folder, f"tmp_{os.getpid()}")
+    final, temporary = os.path.join(folder, f"step_{state['step']:06d}"), os.path.join(folder, "unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
     os.makedirs(temporary)
     weights = {n: p.detach().cpu().contiguous() for n, p in policy.named_parameters() if p.requires_grad}
     save_file(weights, os.path.join(temporary, "policy.safetensors"))
-    numpy_state = np.random.get_state()
-    generators = {
-        "python": random.getstate(),
-        "numpy": (numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+    name, keys, *rest = np.random.get_state()
+    generators = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
+                  "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
     training = {"optimizer": optimizer.state_dict(), "generators": generators, "state": state}
     torch.save(training, os.path.join(temporary, "training.pt"))
-    sizes = {name: os.path.getsize(os.path.join(temporary, name)) for name in os.listdir(temporary)}
-    with open(os.path.join(temporary, "sizes.json"), "w") as file:
-        json.dump(sizes, file)
-    for name in [*sizes, "sizes.json"]:
+    for name in os.listdir(temporary):
         with open(os.path.join(temporary, name), "rb") as file:
             os.fsync(file.fileno())
     shutil.rmtree(final, ignore_errors=True)
@@ -571,29 +535,23 @@ def save_checkpoint(folder: str, policy, optimizer, state: dict, keep_last: int)
 
 
 def load_checkpoint(folder: str, policy, optimizer) -> dict | None:
-    """Restore the newest whole checkpoint under `folder` in place and return its `state`; None if there is none.
+    """Restore the newest readable checkpoint under `folder` in place and return its `state`; None if there is none.
 
-    A torn or unreadable checkpoint is reported and passed over for the one before it.
+    A damaged one is reported and passed over for the one before it.
     """
     from safetensors.torch import load_file
 
-    names = sorted((n for n in os.listdir(folder) if n.startswith("step_")), reverse=True) if os.path.isdir(folder) else []
-    for name in names:
-        path = os.path.join(folder, name)
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "step_*")), reverse=True):
         try:
-            with open(os.path.join(path, "sizes.json")) as file:
-                for part, size in json.load(file).items():
-                    if os.path.getsize(os.path.join(path, part)) != size:
-                        raise ValueError(f"{part} is not {size} bytes long")
             weights = load_file(os.path.join(path, "policy.safetensors"))
             training = torch.load(os.path.join(path, "training.pt"), map_location="cpu", weights_only=True)
         except Exception as error:  # whatever is wrong with the files, the answer is the same
             print(f"warning: checkpoint {path} is damaged and passed over: {error}", file=sys.stderr)
             continue
         with torch.no_grad():
-            for key, parameter in policy.named_parameters():
+            for name, parameter in policy.named_parameters():
                 if parameter.requires_grad:
-                    parameter.copy_(weights[key])
+                    parameter.copy_(weights[name])
         optimizer.load_state_dict(training["optimizer"])
         generators = training["generators"]
         random.setstate(generators["python"])
@@ -626,10 +584,7 @@ def save_final(folder: str, policy, tokenizer, dtype):
     os.rename(temporary, folder)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The algorithm
-# ----------------------------------------------------------------------------------------------------------------------
-
+# ---- The algorithm ---------------------------------------------------------------------------------------------------
 if __name__ == "__main__":
     import tyro
     from tqdm import tqdm
@@ -638,24 +593,21 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     skills = args.max_z if args.use_prefix else 1  # N
     copies = args.group_size // max(1, skills)  # completions of one (question, z)
-    for name in ("num_steps", "questions_per_step", "max_new_tokens", "max_prompt_tokens", "max_z", "update_epochs",
-                 "num_minibatches", "max_tokens_per_microbatch", "head_chunk", "eval_samples", "keep_last"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
-    for name in ("eval_every", "eval_size", "save_every", "lora_r", "alpha_mi", "mi_clip", "alpha_warmup_steps", "kl_coef",
-                 "mixture_kl_coef", "is_cap", "lr", "warmup_steps", "eval_temperature", "correct_coef"):
-        if getattr(args, name) < 0:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative.")
+    at_least_one = ("num_steps questions_per_step max_new_tokens max_prompt_tokens max_z update_epochs num_minibatches "
+                    "max_tokens_per_microbatch head_chunk eval_samples keep_last").split()
+    for name, value in asdict(args).items():
+        if name in at_least_one and value < 1 or isinstance(value, (int, float)) and not value >= 0:
+            fail(f"--{name.replace('_', '-')} is {value}; it must be at least {int(name in at_least_one)}.")
     if args.group_size < 2 or args.group_size % skills:
-        fail(f"--group-size {args.group_size} must be at least 2 and a multiple of --max-z {skills}, so that groups compare.")
+        fail(f"--group-size {args.group_size} must be a multiple of --max-z {skills} and at least 2: groups are compared.")
     if args.group_by == "skill" and copies < 2:
-        fail(f"--group-by skill compares completions of one z; --group-size must be at least {2 * skills}, two for each z.")
+        fail(f"--group-by skill compares completions of one z; --group-size must be at least {2 * skills}.")
     if not args.use_prefix and (args.alpha_mi or args.mixture_kl_coef):
-        fail("--no-use-prefix leaves no skills to tell apart; add --alpha-mi 0 and --mixture-kl-coef 0, or keep the prefix.")
-    if args.use_prefix and skills > 1 and "{z}" not in args.skill_prefix:
+        fail("--no-use-prefix leaves no skills to tell apart; add --alpha-mi 0 --mixture-kl-coef 0, or keep the prefix.")
+    if args.use_prefix and "{z}" not in args.skill_prefix:
         fail(f"--skill-prefix {args.skill_prefix!r} does not contain {{z}}, so all skills would get the same prompt.")
-    if args.temperature <= 0:
-        fail(f"--temperature is {args.temperature}; training needs samples, so it must be above 0.")
+    if args.temperature == 0:
+        fail("--temperature is 0; training needs samples that differ, so it must be above 0.")
 
     # data
     problems = load_problems(args.dataset, args.dataset_config, "train")
@@ -666,14 +618,14 @@ if __name__ == "__main__":
         problems, eval_problems = problems[:-held_out], problems[-held_out:]
     eval_problems = eval_problems[: args.eval_size or None]
     if len(problems) < args.questions_per_step:
-        fail(f"{args.dataset} leaves {len(problems)} training problems, fewer than --questions-per-step; add rows or lower it.")
+        fail(f"{args.dataset} leaves {len(problems)} training problems, fewer than --questions-per-step; add rows.")
     try:
         config = AutoConfig.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError) as error:
-        fail(f"model {args.model_name} did not load ({str(error).splitlines()[0]}); give a Hugging Face id or a model folder.")
+        fail(f"model {args.model_name} did not load ({str(error).splitlines()[0]}); give a hub id or a model folder.")
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
-        fail(f"the tokenizer of {args.model_name} has no chat template or no EOS token; use an instruct model or add them.")
+        fail(f"the tokenizer of {args.model_name} has no chat template or no EOS token; use an instruct model.")
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @functools.lru_cache(maxsize=8192)
@@ -681,71 +633,70 @@ if __name__ == "__main__":
         prefix = args.skill_prefix.replace("{z}", str(z)) if args.use_prefix and z is not None else ""
         return encode_prompt(tokenizer, question, args.system_prompt, prefix)
 
-    for i, problem in enumerate(problems + eval_problems):
-        if len(encode(problem["question"], skills)) > args.max_prompt_tokens:
-            fail(f"the prompt of {problem['question'][:60]!r}... has {len(encode(problem['question'], skills))} tokens, "
-                 f"more than --max-prompt-tokens {args.max_prompt_tokens}; raise it or remove the row.")
+    for question in (problem["question"] for problem in problems + eval_problems):
+        if len(encode(question, skills)) > args.max_prompt_tokens:
+            fail(f"the prompt of {question[:60]!r}... has {len(encode(question, skills))} tokens, more than "
+                 f"--max-prompt-tokens {args.max_prompt_tokens}; raise it or remove the row.")
     max_model_len = args.max_prompt_tokens + args.max_new_tokens
     if max_model_len > getattr(config, "max_position_embeddings", max_model_len):
-        fail(f"--max-prompt-tokens + --max-new-tokens is {max_model_len}, but the model ends at {config.max_position_embeddings}.")
+        fail(f"--max-prompt-tokens + --max-new-tokens is {max_model_len}; the model ends at {config.max_position_embeddings}.")
 
-    # run folder
-    args.run_name = args.run_name or f"{args.exp_name}__{os.path.basename(args.model_name)}__{args.seed}__{int(time.time())}"
+    # run folder: the same --run-name goes on where it stopped, with the same arguments or not at all
+    model = os.path.basename(os.path.normpath(args.model_name))
+    args.run_name = args.run_name or f"{args.exp_name}__{model}__{args.seed}__{int(time.time())}"
     run_dir = os.path.join(args.output_dir, args.run_name)
-    final_dir, args_path = os.path.join(run_dir, "final"), os.path.join(run_dir, "args.json")
+    args_path, metrics_path, samples_path, checkpoints, final_dir = (
+        os.path.join(run_dir, name) for name in ("args.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "final")
+    )
     if os.path.isdir(final_dir):
-        print(f"{run_dir} is complete, its model is in {final_dir}; nothing to do (another --run-name starts a new run).")
+        print(f"{run_dir} is complete, its model is in {final_dir}; another --run-name starts a new run.")
         sys.exit(0)
     if os.path.exists(args_path):
         with open(args_path) as file:
             before = json.load(file)
         free = ("output_dir", "track", "wandb_project", "wandb_entity", "save_every", "keep_last")
-        now = json.loads(json.dumps(asdict(args)))
-        changed = [k for k in {**before, **now} if k not in free and before.get(k) != now.get(k)]
+        changed = [f"--{k.replace('_', '-')} was {before.get(k)!r} and is {v!r}" for k, v in asdict(args).items()
+                   if k not in free and before.get(k) != v]
         if changed:
-            listed = ", ".join(f"--{k.replace('_', '-')} was {before.get(k)!r} and is {now.get(k)!r}" for k in changed)
-            fail(f"{run_dir} was started with other arguments ({listed}); give the old ones or another --run-name.")
+            fail(f"{run_dir} was started with other arguments ({', '.join(changed)}); give those or another --run-name.")
     elif os.path.isdir(run_dir) and os.listdir(run_dir):
         fail(f"{run_dir} exists and holds no run; choose another --run-name.")
-    # engine first, then seeds (the engine reseeds everything), then the policy
+
+    # engine first (it measures free memory and reseeds everything), then seeds, then the policy
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     sleep = args.vllm_sleep and device.type == "cuda"
-    llm = make_engine(args.model_name, device, max_model_len, args.seed, args.gpu_memory_utilization, args.enforce_eager,
-                      sleep, args.trust_remote_code)
+    llm = make_engine(args.model_name, device, max_model_len, args.seed, args.gpu_memory_utilization,
+                      args.enforce_eager, sleep, args.trust_remote_code)
     if sleep:
         llm.sleep(level=2)
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
-    policy = load_policy(args.model_name, device, args.lora_r, args.lora_alpha, args.gradient_checkpointing, args.trust_remote_code)
-    reference = policy  # with LoRA: the same model, adapters off
+    policy = load_policy(args.model_name, device, args.lora_r, args.lora_alpha, args.gradient_checkpointing,
+                         args.trust_remote_code)
+    reference = policy  # LoRA: the same model with its adapters off
     if not args.lora_r and (args.kl_coef or args.mixture_kl_coef):
-        reference = load_policy(args.model_name, device, 0, 0, False, args.trust_remote_code).to(dtype).requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        [p for p in policy.parameters() if p.requires_grad], lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay,
-        fused=True,
-    )
+        reference = load_policy(args.model_name, device, 0, 0, False, args.trust_remote_code).to(dtype)
+    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True)
 
+    # resume: what was logged after the checkpoint is cut off and done again
     os.makedirs(run_dir, exist_ok=True)
     with open(args_path, "w") as file:
         json.dump(asdict(args), file, indent=2)
-    if args.track:
-        import wandb
-
-        wandb.init(project=args.wandb_project, entity=args.wandb_entity or None, name=args.run_name, id=args.run_name,
-                   resume="allow", config=asdict(args), save_code=True)
-
-    # resume: everything after the checkpoint is cut off the logs and done again
-    checkpoints = os.path.join(run_dir, "checkpoints")
     state = load_checkpoint(checkpoints, policy, optimizer) or {"step": 0, "metrics_bytes": 0, "samples_bytes": 0}
-    metrics_path, samples_path = os.path.join(run_dir, "metrics.jsonl"), os.path.join(run_dir, "samples.jsonl")
     for path, size in ((metrics_path, state["metrics_bytes"]), (samples_path, state["samples_bytes"])):
         with open(path, "ab") as file:
             file.truncate(size)
     signals = []
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: signals.append(number))
+    if args.track:
+        import wandb
+
+        wandb.init(project=args.wandb_project, entity=args.wandb_entity or None, name=args.run_name, id=args.run_name,
+                   resume="allow", config=asdict(args), save_code=True)
 
     def log(record):
         with open(metrics_path, "a") as file:
@@ -753,18 +704,22 @@ if __name__ == "__main__":
         if args.track:
             wandb.log(record)
 
-    def score_with(model, prompts, completions, temperature=args.temperature):  # [len(prompts), C]
+    def score_with(model, prompts, completions, temperature=args.temperature):  # [B, C]
         return score(model, prompts, completions, pad_id, temperature, args.max_tokens_per_microbatch, args.head_chunk)
 
-    def skill_logps(questions, completions, temperature):  # [B, N, C]
-        prompts = [encode(question, z) for question in questions for z in range(1, skills + 1)]
+    def reference_score(prompts, completions):  # [B, C]
+        with policy.disable_adapter() if args.lora_r else nullcontext():
+            return score_with(reference, prompts, completions)
+
+    def skill_logps(questions, completions, temperature=args.temperature):  # [B, N, C]
+        prompts = [encode(question, k) for question in questions for k in range(1, skills + 1)]
         repeated = [completion for completion in completions for _ in range(skills)]
         return score_with(policy, prompts, repeated, temperature).view(len(questions), skills, -1)
 
-    def skill_metrics(logps, z, mask):
+    def skill_metrics(logps, z, mask):  # measured as I(y; z | x), whatever form is rewarded
         mi = mi_rewards(logps, z, mask, "seq").mean().item()
         decoded = (logps.sum(-1).argmax(1) == z).float().mean().item()
-        return {"mi": mi, "mi_over_ln_n": mi / math.log(skills), "z_decoded": decoded}
+        return {"mi": mi, "mi_over_ln_n": mi / math.log(skills) if skills > 1 else 0.0, "z_decoded": decoded}
 
     def run_evaluation(step):
         started = time.perf_counter()
@@ -774,190 +729,161 @@ if __name__ == "__main__":
             max_new_tokens=args.max_new_tokens, answer_mode=args.answer_mode, seed=args.seed,
         )
         record = {"step": step, **{f"eval/{key}": value for key, value in figures.items()}}
-        rows = [row for row in rows if row["arm"] == "distinct" and row["id"] < 50]
-        if rows and skills > 1:
+        rows = [row for row in rows if row["arm"] == "distinct" and row["id"] < 50]  # enough for the MI estimate
+        if rows:
             tokens = [row["token_ids"] for row in rows]
             mask = torch.arange(max(map(len, tokens))) < torch.tensor([len(t) for t in tokens])[:, None]
             questions = [eval_problems[row["id"]]["question"] for row in rows]
             logps = skill_logps(questions, tokens, args.eval_temperature or 1.0)
             measured = skill_metrics(logps, torch.tensor([row["z"] - 1 for row in rows]), mask)
             record |= {f"skill/eval_{key}": value for key, value in measured.items()}
-        record["time/eval"] = time.perf_counter() - started
-        log(record)
+        log(record | {"time/eval": time.perf_counter() - started})
 
-    terminal = sys.stderr.isatty()
-    bar = tqdm(range(state["step"], args.num_steps), initial=state["step"], total=args.num_steps, disable=not terminal)
+    bar = tqdm(range(state["step"], args.num_steps), initial=state["step"], total=args.num_steps, disable=None)
     for step in bar:
         t0 = time.perf_counter()
         sync_weights(llm, policy, sleep)
-        t_sync = time.perf_counter() - t0
+        t1 = time.perf_counter()
         if step == 0 or (args.eval_every and step % args.eval_every == 0):
             run_evaluation(step)
 
-        # rollout: questions_per_step x group_size completions, z-major inside a question
-        t1 = time.perf_counter()
-        epoch_size = len(problems) // args.questions_per_step  # steps; the order depends on seed and epoch alone
-        order = np.random.default_rng([args.seed, step // epoch_size]).permutation(len(problems))
-        first = step % epoch_size * args.questions_per_step
+        # rollout: group_size completions of each question, z = 1, .., 1, 2, .., 2, .., N
+        t2 = time.perf_counter()
+        steps_per_epoch = len(problems) // args.questions_per_step
+        order = np.random.default_rng([args.seed, step // steps_per_epoch]).permutation(len(problems))
+        first = step % steps_per_epoch * args.questions_per_step
         batch = [problems[i] for i in order[first : first + args.questions_per_step] for _ in range(args.group_size)]
+        questions = [problem["question"] for problem in batch]
         z = torch.arange(skills).repeat_interleave(copies).repeat(args.questions_per_step)  # [B], 0..N-1
-        prompts = [encode(problem["question"], k.item() + 1) for problem, k in zip(batch, z)]
+        prompts = [encode(question, k + 1) for question, k in zip(questions, z.tolist())]
         samples = rollout(llm, prompts[::copies], copies, args.temperature, args.max_new_tokens)
         if sleep:
             llm.sleep(level=2)
-        t2 = time.perf_counter()
-
-        # reward
         tokens = [sample["tokens"] for sample in samples]
-        lengths = torch.tensor([len(t) for t in tokens])
+        lengths = torch.tensor([len(t) for t in tokens])  # [B]
         mask = torch.arange(int(lengths.max())) < lengths[:, None]  # [B, C]
-        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        correct = torch.tensor(
-            [is_correct(extract_answer(text, args.answer_mode), problem["gold"]) for text, problem in zip(texts, batch)]
-        )
-        truncated = torch.tensor([sample["finish_reason"] == "length" for sample in samples])
-        r_correct = correct.float() * 2 - 1
+        vllm_logps = torch.zeros(mask.shape).masked_scatter(mask, torch.tensor([x for s in samples for x in s["logps"]]))
+        truncated = torch.tensor([sample["finish_reason"] == "length" for sample in samples])  # [B]
         t3 = time.perf_counter()
+
+        # reward: correctness, mutual information, and minus the drift of the mixture from the start
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        answers = [extract_answer(text, args.answer_mode) for text in texts]
+        correct = torch.tensor([is_correct(answer, row["gold"]) for answer, row in zip(answers, batch)])  # [B]
+        r_correct = 2.0 * correct - 1.0
+        t4 = time.perf_counter()
         alpha = args.alpha_mi * min(1.0, (step + 1) / max(1, args.alpha_warmup_steps))
-        r_mi, r_kl, logps_z = torch.zeros(len(batch)), torch.zeros(len(batch)), None
+        r_mi = r_kl = torch.zeros(len(batch))
+        logps_z = None
         if args.alpha_mi or args.mixture_kl_coef:
-            logps_z = skill_logps([problem["question"] for problem in batch], tokens, args.temperature)  # [B, N, C]
+            logps_z = skill_logps(questions, tokens)  # [B, N, C]
             r_mi = mi_rewards(logps_z, z, mask, args.mi_form)
-            if args.mi_clip:
-                r_mi = r_mi.clamp(-args.mi_clip, args.mi_clip)
-            if args.mi_gate:
-                r_mi = r_mi * correct
+            r_mi = r_mi.clamp(-args.mi_clip, args.mi_clip) if args.mi_clip else r_mi
+            r_mi = r_mi * correct if args.mi_gate else r_mi
         if args.mixture_kl_coef:
-            with policy.disable_adapter() if args.lora_r else nullcontext():
-                plain = score_with(reference, [encode(problem["question"], None) for problem in batch], tokens).sum(-1)
-            r_kl = plain - logps_z.sum(-1).logsumexp(1) + math.log(skills)
-        rewards = args.correct_coef * r_correct + alpha * r_mi + args.mixture_kl_coef * r_kl
+            mixture = logps_z.sum(-1).logsumexp(1) - math.log(skills)  # [B]
+            r_kl = reference_score([encode(question, None) for question in questions], tokens).sum(-1) - mixture
+        rewards = args.correct_coef * r_correct + alpha * r_mi + args.mixture_kl_coef * r_kl  # [B]
         if args.shuffle_rewards:
             rewards = rewards[torch.randperm(len(rewards))]
-        t4 = time.perf_counter()
+        t5 = time.perf_counter()
 
-        # advantages: within a question, or within a question and skill
-        grouped = rewards.view(-1, args.group_size if args.group_by == "question" else copies)
-        advantages = group_advantages(grouped, args.advantage_scale).flatten()  # [B]
-        varied = (grouped.amax(1) > grouped.amin(1)).repeat_interleave(grouped.shape[1])  # [B]
-        rows = np.flatnonzero(varied) if args.drop_zero_variance else np.arange(len(batch))
+        # advantages, within a question or within a question and skill
+        groups = rewards.view(-1, args.group_size if args.group_by == "question" else copies)
+        advantages = group_advantages(groups, args.advantage_scale).flatten()  # [B]
+        varied = (groups.amax(1) > groups.amin(1)).repeat_interleave(groups.shape[1])  # [B]
+        kept = np.flatnonzero(varied) if args.drop_zero_variance else np.arange(len(batch))
 
-        # log-probabilities before the update, where they are not simply those of the first forward pass
-        old_logps = ref_logps = None
+        # update
+        old_logps = ref_logps = None  # with one update a rollout, old is what the first forward pass gives
         if args.update_epochs * args.num_minibatches > 1:
             old_logps = score_with(policy, prompts, tokens) if logps_z is None else logps_z[torch.arange(len(z)), z]
         if args.kl_coef:
-            with policy.disable_adapter() if args.lora_r else nullcontext():
-                ref_logps = score_with(reference, prompts, tokens)
-        vllm_logps = torch.zeros(mask.shape).masked_scatter(mask, torch.tensor([x for s in samples for x in s["logps"]]))
-
-        # update
+            ref_logps = reference_score(prompts, tokens)
         progress = max(0, step - args.warmup_steps) / max(1, args.num_steps - args.warmup_steps)
         decay = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 + 0.5 * math.cos(math.pi * progress)}
         lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps)) * decay[args.lr_schedule]
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        sums, logp_diff_max, grad_norms = defaultdict(float), torch.zeros((), device=device), []
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr
+        sums, grad_norms, diff_max = defaultdict(float), [], 0.0
         shuffle = np.random.default_rng([args.seed, step, 1])
         for _ in range(args.update_epochs):
-            parts = shuffle.permutation(rows) if args.num_minibatches > 1 else rows
-            for minibatch in np.array_split(parts, args.num_minibatches):
-                trained = [i for i in minibatch if not (args.mask_truncated and truncated[i])]
-                if not trained:
+            shuffled = shuffle.permutation(kept) if args.num_minibatches > 1 else kept
+            for minibatch in np.array_split(shuffled, args.num_minibatches):
+                used = [i for i in minibatch if not (args.mask_truncated and truncated[i])]
+                if not used:
                     continue
-                denominator = {"dapo": int(lengths[trained].sum()), "grpo": len(minibatch),
+                denominator = {"dapo": int(lengths[used].sum()), "grpo": len(minibatch),
                                "dr_grpo": len(minibatch) * args.max_new_tokens}[args.loss_type]
-                for part in micro_batches([len(prompts[i]) + len(tokens[i]) for i in trained], args.max_tokens_per_microbatch):
-                    part = [trained[j] for j in part]
-                    ids, prompt_lens, completion_lens = pad_batch([prompts[i] for i in part], [tokens[i] for i in part], pad_id)
-                    width = int(completion_lens.max())
-                    part_mask, vllm = mask[part, :width].to(device), vllm_logps[part, :width].to(device)
-                    logps, entropy = token_logprobs(policy, ids.to(device), prompt_lens.to(device), completion_lens.to(device),
-                                                    args.temperature, args.head_chunk)
-                    old = logps.detach() if old_logps is None else old_logps[part, :width].to(device)
-                    is_weights = (old - vllm).exp().clamp(max=args.is_cap) if args.is_cap else None
-                    loss, part_sums = policy_loss(
-                        logps, old, advantages[part].to(device), part_mask, args.loss_type, args.clip_low, args.clip_high,
-                        denominator, is_weights, None if ref_logps is None else ref_logps[part, :width].to(device), args.kl_coef,
-                    )
+                for part in micro_batches([len(prompts[i]) + len(tokens[i]) for i in used], args.max_tokens_per_microbatch):
+                    rows = [used[j] for j in part]
+                    inputs = pad_batch([prompts[i] for i in rows], [tokens[i] for i in rows], pad_id)
+                    logps, entropy = token_logprobs(policy, *(x.to(device) for x in inputs), args.temperature, args.head_chunk)
+                    here = [None if x is None else x[rows, : logps.shape[1]].to(device)
+                            for x in (mask, vllm_logps, old_logps, ref_logps)]
+                    part_mask, vllm, old, ref = here
+                    old = logps.detach() if old is None else old
+                    is_weights = (old - vllm).exp().clamp(max=args.is_cap) if args.is_cap else torch.ones_like(old)
+                    loss, part_sums = policy_loss(logps, old, advantages[rows].to(device), part_mask, args.loss_type,
+                                                  args.clip_low, args.clip_high, denominator, is_weights, ref, args.kl_coef)
                     loss.backward()
                     diff = (old - vllm).abs()
-                    logp_diff_max = torch.maximum(logp_diff_max, diff.max())
-                    part_sums |= {"loss": loss.detach(), "tokens": part_mask.sum(), "entropy": entropy.sum(), "diff": diff.sum()}
-                    part_sums["is_weight"] = part_mask.sum() if is_weights is None else (is_weights * part_mask).sum()
+                    diff_max = max(diff_max, diff.max().item())
+                    part_sums |= {"loss": loss.detach(), "tokens": part_mask.sum(), "entropy": entropy.sum(),
+                                  "diff": diff.sum(), "is_weight": (is_weights * part_mask).sum()}
                     for key, value in part_sums.items():
                         sums[key] += value
-                if sums["diff"] / sums["tokens"] > args.max_logp_diff:
-                    fail(f"trainer and vLLM disagree by {sums['diff'] / sums['tokens']:.3f} nats a token (--max-logp-diff "
-                         f"{args.max_logp_diff}) at step {step}: stale weights, another temperature or prompt, or a model whose "
-                         "logits are changed after the head; nothing was updated with them.")
-                grad_norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm))
+                if sums["diff"] > args.max_logp_diff * sums["tokens"]:
+                    fail(f"trainer and vLLM disagree by {sums['diff'] / sums['tokens']:.3f} nats a token at step {step} (limit "
+                         f"--max-logp-diff {args.max_logp_diff}): stale weights, another temperature or prompt, or a model "
+                         "that changes its logits after the head; the policy was not updated with them.")
+                grad_norms.append(float(torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm)))
                 optimizer.step()
                 optimizer.zero_grad()
-        sums = {key: float(value) for key, value in sums.items()}
-        t5 = time.perf_counter()
+        t6 = time.perf_counter()
 
         # log
-        count, groups = sums.get("tokens", 0) or 1, len(varied) // grouped.shape[1]
-        seconds = t5 - t1 + t_sync
+        mean = {key: float(value) / float(sums["tokens"]) for key, value in sums.items()}  # per trained token
+        seconds = t6 - t2 + t1 - t0
+        peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else (
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
         record = {
-            "step": step + 1,
-            "global_step": (step + 1) * len(batch),
-            "charts/reward": rewards.mean().item(),
-            "charts/reward_std": rewards.std().item(),
-            "charts/accuracy": correct.float().mean().item(),
-            "charts/length": lengths.float().mean().item(),
-            "charts/truncated": truncated.float().mean().item(),
+            "step": step + 1, "global_step": (step + 1) * len(batch),
+            "charts/accuracy": correct.float().mean().item(), "charts/learning_rate": lr,
+            "charts/reward": rewards.mean().item(), "charts/reward_std": rewards.std().item(),
+            "charts/length": lengths.float().mean().item(), "charts/truncated": truncated.float().mean().item(),
             "charts/zero_variance": 1 - varied.float().mean().item(),
-            "charts/learning_rate": lr,
-            "charts/samples_per_second": len(batch) / seconds,
-            "charts/tokens_per_second": lengths.sum().item() / seconds,
-            "losses/policy_loss": sums.get("loss", 0.0) / max(1, len(grad_norms)),
-            "losses/grad_norm": float(sum(grad_norms)) / max(1, len(grad_norms)),
-            "losses/entropy": sums.get("entropy", 0.0) / count,
-            "losses/clip_low": sums.get("clip_low", 0.0) / count,
-            "losses/clip_high": sums.get("clip_high", 0.0) / count,
-            "losses/approx_kl": sums.get("approx_kl", 0.0) / count,
-            "rollout/logp_diff_mean": sums.get("diff", 0.0) / count,
-            "rollout/logp_diff_max": float(logp_diff_max),
-            "rollout/is_weight": sums.get("is_weight", 0.0) / count,
-            "time/sync": t_sync,
-            "time/rollout": t2 - t1,
-            "time/grading": t3 - t2,
-            "time/mi_scoring": t4 - t3,
-            "time/forward_backward": t5 - t4,
-            "time/total": seconds,
+            "charts/samples_per_second": len(batch) / seconds, "charts/tokens_per_second": lengths.sum().item() / seconds,
+            "losses/policy_loss": float(sums["loss"]) / max(1, len(grad_norms)),
+            "losses/grad_norm": sum(grad_norms) / max(1, len(grad_norms)),
+            **{f"losses/{key}": mean[key] for key in ("entropy", "kl", "approx_kl", "clip_low", "clip_high") if key in mean},
+            "rollout/logp_diff_mean": mean.get("diff", 0.0), "rollout/logp_diff_max": diff_max,
+            "rollout/is_weight": mean.get("is_weight", 1.0),
+            "time/sync": t1 - t0, "time/rollout": t3 - t2, "time/grading": t4 - t3, "time/mi_scoring": t5 - t4,
+            "time/forward_backward": t6 - t5, "time/total": seconds, "memory/peak_gb": peak,
+            **{f"skill/accuracy_{k + 1}": correct[z == k].float().mean().item() for k in range(args.use_prefix * skills)},
         }
-        if args.kl_coef:
-            record["losses/kl"] = sums.get("kl", 0.0) / count
         if logps_z is not None:
             record |= {f"skill/{key}": value for key, value in skill_metrics(logps_z, z, mask).items()}
             record |= {"skill/mi_reward": r_mi.mean().item(), "skill/mixture_kl": -r_kl.mean().item(), "skill/alpha": alpha}
-        for k in range(skills if args.use_prefix else 0):
-            record[f"skill/accuracy_{k + 1}"] = correct[z == k].float().mean().item()
-        if device.type == "cuda":
-            record["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        else:
-            record["memory/peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         log(record)
         with open(samples_path, "a") as file:  # the first question's whole group
             for i in range(args.group_size):
-                row = {"step": step + 1, "z": z[i].item() + 1 if args.use_prefix else None, "question": batch[i]["question"],
-                       "completion": texts[i], "gold": batch[i]["gold"], "reward": rewards[i].item(),
-                       "r_correct": r_correct[i].item(), "r_mi": r_mi[i].item(), "r_mixture_kl": r_kl[i].item(),
-                       "advantage": advantages[i].item(), "finish_reason": samples[i]["finish_reason"]}
-                file.write(json.dumps(row) + "\n")
-        line = (f"step {step + 1}/{args.num_steps}  accuracy {record['charts/accuracy']:.3f}  reward {record['charts/reward']:.3f}  "
-                f"mi {record.get('skill/mi', 0.0):.3f}  length {record['charts/length']:.0f}  "
-                f"logp diff {record['rollout/logp_diff_mean']:.1e}  {seconds:.2f} s")
-        bar.set_postfix_str(line.split("  ", 1)[1]) if terminal else print(line, flush=True)
+                row = {"step": step + 1, "z": int(z[i]) + 1, "question": questions[i], "completion": texts[i],
+                       "gold": batch[i]["gold"], "answer": answers[i], "finish_reason": samples[i]["finish_reason"]}
+                terms = {"r_correct": r_correct, "r_mi": r_mi, "r_mixture_kl": r_kl, "reward": rewards, "advantage": advantages}
+                file.write(json.dumps(row | {key: value[i].item() for key, value in terms.items()}) + "\n")
+        line = (f"accuracy {record['charts/accuracy']:.3f}  reward {record['charts/reward']:.3f}  mi "
+                f"{record.get('skill/mi', 0.0):.3f}  length {record['charts/length']:.0f}  {seconds:.2f} s")
+        print(f"step {step + 1}/{args.num_steps}  {line}", flush=True) if bar.disable else bar.set_postfix_str(line)
 
         # checkpoint
         if step + 1 == args.num_steps or (args.save_every and (step + 1) % args.save_every == 0) or signals:
-            state = {"step": step + 1, "metrics_bytes": os.path.getsize(metrics_path), "samples_bytes": os.path.getsize(samples_path)}
+            state = {"step": step + 1, "metrics_bytes": os.path.getsize(metrics_path),
+                     "samples_bytes": os.path.getsize(samples_path)}
             save_checkpoint(checkpoints, policy, optimizer, state, args.keep_last)
         if signals:
-            print(f"stopped by signal {signals[0]} after step {step + 1}; start the same command with --run-name {args.run_name} to go on.")
+            print(f"stopped by signal {signals[0]} after step {step + 1}; the same command with --run-name {args.run_name} goes on.")
             sys.exit(128 + signals[0])
 
     sync_weights(llm, policy, sleep)
@@ -967,6 +893,6 @@ if __name__ == "__main__":
         evaluations = [record for record in map(json.loads, file) if "eval/pass@1" in record]
     print(f"\n{'':<28}{'before':>10}{'after':>10}")
     for key in evaluations[-1]:
-        if key.startswith(("eval/pass", "eval/iid", "eval/plurality", "eval/consensus", "eval/truncated", "skill/")):
+        if key.startswith(("eval/", "skill/")):
             print(f"{key:<28}{evaluations[0][key]:>10.3f}{evaluations[-1][key]:>10.3f}")
     print(f"model: {final_dir}   metrics: {metrics_path}   samples: {samples_path}")
