@@ -285,11 +285,11 @@ def fail(message: str):
 
 
 def load_problems(dataset: str, config: str, split: str) -> list[dict]:
-    """Load [{"question": str, "gold": str}, ...] from a local .jsonl file or a hub dataset with GSM8K's two columns.
+    """Load [{"question": str, "gold": str}, ...] from a local .jsonl file or a hub dataset with GSM8K's columns.
 
-    A row needs `question` and `answer`; the gold answer is the number after the last "####" of `answer`, or the whole of
-    `answer` if it is a bare number. `config` and `split` are used for hub datasets only. A row that cannot be used ends
-    the program with its file and line number (exit code 2): a dataset is never shortened silently.
+    A row needs `question` and `answer`; gold is the number after the last "####" of `answer`, or all of it if it is a
+    bare number. `config` and `split` are for hub datasets only. A row that cannot be used ends the program, naming
+    file and line (exit code 2): a dataset is never shortened silently.
     """
     if dataset.endswith((".jsonl", ".json")) or os.path.exists(dataset):
         if not os.path.isfile(dataset):
@@ -317,7 +317,7 @@ def load_problems(dataset: str, config: str, split: str) -> list[dict]:
                 fail(f"{where} has no {column!r}; every row needs a non-empty 'question' and 'answer'.")
         gold = parse_gold(str(row["answer"]))
         if gold is None:
-            fail(f"{where}: no number after '####' in 'answer' ({str(row['answer'])[-60:]!r}); end it with '#### <number>'.")
+            fail(f"{where}: 'answer' ends in {str(row['answer'])[-40:]!r}; it must end in '#### <number>'.")
         problems.append({"question": str(row["question"]).strip(), "gold": gold})
     if not problems:
         fail(f"dataset {dataset} holds no problems; give a file with at least one JSON object per line.")
@@ -443,6 +443,7 @@ def compare(path_a: str, path_b: str):
 if __name__ == "__main__":
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # before vllm is imported: engine and model in this process
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import tyro
 
     args = tyro.cli(Args)
@@ -475,7 +476,8 @@ if __name__ == "__main__":
         config = AutoConfig.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # hub, file and parser errors have no common base class
-        fail(f"no model folder or reachable model id {args.model_name} ({type(error).__name__}: {str(error)[:200]}).")
+        reason = " ".join(str(error).split())[:300]
+        fail(f"no usable model folder or model id {args.model_name} ({type(error).__name__}: {reason}).")
     if not tokenizer.chat_template:
         fail(f"the tokenizer of {args.model_name} has no chat template; use an instruction-tuned model.")
 
@@ -500,9 +502,11 @@ if __name__ == "__main__":
             enforce_eager=not cuda,  # on a CPU compiling takes longer than it saves
             seed=args.seed,
             trust_remote_code=args.trust_remote_code,
+            use_tqdm_on_load=sys.stdout.isatty(),
         )
     except Exception as error:  # import, memory and configuration errors have no common base class
-        fail(f"vLLM could not start with {args.model_name}: {type(error).__name__}: {str(error)[:500]}")
+        reason = " ".join(str(error).split())[:500]
+        fail(f"vLLM could not start with {args.model_name} ({type(error).__name__}: {reason}).")
     options = ("num_samples", "num_skills", "temperature", "top_p", "max_new_tokens", "answer_mode", "seed")
     figures, rows = evaluate(llm, tokenizer, problems, encode, **{name: getattr(args, name) for name in options})
 
@@ -512,6 +516,9 @@ if __name__ == "__main__":
     with open(paths[1], "x", encoding="utf-8") as file:
         json.dump({"figures": figures, "args": asdict(args)}, file, indent=2)
     print(f"{args.model_name}: {len(problems)} problems, {len(rows)} completions, answers by {args.answer_mode}")
-    for name, value in figures.items():
-        print(f"{name:24}{value:10.4f}")
+    head = ("pass@1", "pass@1_low", "pass@1_high", "pass@1_strict", "pass@1_flexible")
+    line = "pass@1 {:23.4f}   95 % [{:.4f}, {:.4f}]   strict-match {:.4f}   flexible-extract {:.4f}"
+    print(line.format(*(figures[name] for name in head)))
+    for name in [name for name in figures if name not in head]:
+        print(f"{name:20}{figures[name]:10.4f}")
     print(f"written: {paths[0]}, {paths[1]}")

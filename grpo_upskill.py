@@ -191,11 +191,11 @@ def fail(message: str):
 
 
 def load_problems(dataset: str, config: str, split: str) -> list[dict]:
-    """Load [{"question": str, "gold": str}, ...] from a local .jsonl file or a hub dataset with GSM8K's two columns.
+    """Load [{"question": str, "gold": str}, ...] from a local .jsonl file or a hub dataset with GSM8K's columns.
 
-    A row needs `question` and `answer`; the gold answer is the number after the last "####" of `answer`, or the whole of
-    `answer` if it is a bare number. `config` and `split` are used for hub datasets only. A row that cannot be used ends
-    the program with its file and line number (exit code 2): a dataset is never shortened silently.
+    A row needs `question` and `answer`; gold is the number after the last "####" of `answer`, or all of it if it is a
+    bare number. `config` and `split` are for hub datasets only. A row that cannot be used ends the program, naming
+    file and line (exit code 2): a dataset is never shortened silently.
     """
     if dataset.endswith((".jsonl", ".json")) or os.path.exists(dataset):
         if not os.path.isfile(dataset):
@@ -223,7 +223,7 @@ def load_problems(dataset: str, config: str, split: str) -> list[dict]:
                 fail(f"{where} has no {column!r}; every row needs a non-empty 'question' and 'answer'.")
         gold = parse_gold(str(row["answer"]))
         if gold is None:
-            fail(f"{where}: no number after '####' in 'answer' ({str(row['answer'])[-60:]!r}); end it with '#### <number>'.")
+            fail(f"{where}: 'answer' ends in {str(row['answer'])[-40:]!r}; it must end in '#### <number>'.")
         problems.append({"question": str(row["question"]).strip(), "gold": gold})
     if not problems:
         fail(f"dataset {dataset} holds no problems; give a file with at least one JSON object per line.")

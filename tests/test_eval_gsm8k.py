@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import eval_gsm8k as ev  # noqa: E402
+import eval_gsm8k as ev
 
+ROOT = Path(__file__).resolve().parent.parent
 GSM8K = Path(os.environ.get("GSM8K_DIR", ROOT.parent / "shared" / "data" / "gsm8k"))
 TOY = ROOT / "tests" / "toy"
 
@@ -120,12 +119,12 @@ def test_any_text_is_graded_quickly():
     texts += [bytes(rng.randrange(256) for _ in range(n)).decode("latin-1") for n in range(300)]
     texts += [bytes(rng.randrange(256) for _ in range(n)).decode("utf-8", "replace") for n in range(300)]
     for text in texts:
-        start = time.perf_counter()
+        start = time.process_time()
         for mode in ev.ANSWER_MODES:
             answer = ev.extract_answer(text, mode)
             ev.is_correct(answer, "5")
         ev.to_number(text), ev.parse_gold(text), ev.parse_gold("#### " + text)
-        assert time.perf_counter() - start < 3, text[:50]
+        assert time.process_time() - start < 3, text[:50]
 
 
 @pytest.mark.skipif(not (GSM8K / "train.jsonl").exists(), reason=f"no GSM8K in {GSM8K}; set GSM8K_DIR")
@@ -158,7 +157,8 @@ def test_agrees_with_lm_evaluation_harness():
         ("strict", "#### (\\-?[0-9\\.\\,]+)", 0),
         ("flexible", "(-?[$0-9.,]{2,})|(-?[0-9]+)", -1),
     ):
-        found = extraction.RegexFilter(pattern, group_select=select).apply([[text] for text in texts], [{}] * len(texts))
+        regex_filter = extraction.RegexFilter(pattern, group_select=select)
+        found = regex_filter.apply([[text] for text in texts], [{}] * len(texts))
         for text, gold, (theirs,) in zip(texts, golds, found, strict=True):
             answer = f"Because.\n#### {gold}"
             ignore = [",", "\\$", "(?s).*#### ", "\\.$"]
@@ -253,9 +253,9 @@ def test_paired_bootstrap():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def row(i, arm, z, answer, gold="5", question="q"):
-    verdict = ev.is_correct(answer, gold)
-    return {"id": i, "arm": arm, "z": z, "question": f"{question}{i}", "gold": gold, "answer": answer, "correct": verdict}
+def row(i, arm, z, answer, question="q"):
+    problem = {"id": i, "question": f"{question}{i}", "gold": "5"}
+    return problem | {"arm": arm, "z": z, "answer": answer, "correct": ev.is_correct(answer, "5")}
 
 
 def test_question_scores():
@@ -319,7 +319,7 @@ def test_command_line_errors(tmp_path):
     """Every mistake gets one sentence and exit code 2; nothing is written."""
     data = tmp_path / "data.jsonl"
     data.write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
-    (tmp_path / "bad.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n{"question": "?", "answer": "two"}\n')
+    (tmp_path / "bad.jsonl").write_text(data.read_text() + '{"question": "?", "answer": "two"}\n')
     done, empty = tmp_path / "done", tmp_path / "empty-model"
     done.mkdir(), empty.mkdir()
     (done / "figures.json").write_text("{}")
@@ -335,7 +335,7 @@ def test_command_line_errors(tmp_path):
         ([*model, "--dataset", tmp_path / "none.jsonl"], "does not exist"),
         ([*model, "--dataset", tmp_path / "bad.jsonl"], "bad.jsonl, line 2"),
         (model, "empty-model"),
-        (["--model-name", tmp_path / "nowhere", *model[2:]], "no model folder or reachable model id"),
+        (["--model-name", tmp_path / "nowhere", *model[2:]], "no usable model folder or model id"),
     ]
     for arguments, words in cases:
         result = run(*arguments, cwd=tmp_path)
@@ -345,7 +345,8 @@ def test_command_line_errors(tmp_path):
 
 
 def test_import_is_light():
-    code = "import sys, eval_gsm8k; print([m for m in ('torch', 'vllm', 'transformers', 'datasets', 'tyro') if m in sys.modules])"
+    heavy = {"torch", "vllm", "transformers", "datasets", "tyro"}
+    code = f"import sys, eval_gsm8k; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
 

@@ -1,0 +1,109 @@
+"""The contract with vLLM: after any number of weight syncs, engine and trainer give the same log-probabilities.
+
+A prompt of over 300 tokens and prefix caching on, because stale weights, a stale prefix cache and a stale tied head each
+show only on a prompt that spans several cache blocks.
+"""
+
+import pathlib
+
+import pytest
+import torch
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+import grpo_upskill
+from grpo_upskill import load_policy, make_engine, merged_weights, rollout, score, sync_weights
+
+TOY = pathlib.Path("/tmp/toywork/ab/model")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def folder_and_engine(request, tmp_path_factory):
+    """A random model with the toy's tokenizer, and an engine for it."""
+    folder = tmp_path_factory.mktemp("tied" if request.param else "untied")
+    tokenizer = AutoTokenizer.from_pretrained(TOY)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=request.param, initializer_range=0.1,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    engine = make_engine(str(folder), CPU, 512, 1, 0.1, True, False, False)
+    yield str(folder), engine
+    del engine
+
+
+def long_prompts(vocabulary):
+    torch.manual_seed(7)
+    shared = torch.randint(3, vocabulary, (330,)).tolist()
+    return [shared, shared + [5, 6], shared[:200], shared[:17]]
+
+
+@pytest.mark.parametrize("lora_r", [0, 8], ids=["full", "lora"])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_trainer_and_engine_agree_after_three_syncs(folder_and_engine, lora_r, temperature):
+    folder, llm = folder_and_engine
+    policy = load_policy(folder, CPU, lora_r, 16, True, False)
+    trainable = [p for p in policy.parameters() if p.requires_grad]
+    seen = []
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in trainable:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        sync_weights(llm, policy, sleep=False)
+        samples = rollout(llm, long_prompts(policy.config.vocab_size), 3, temperature, 24)
+        prompts, tokens = [s["prompt"] for s in samples], [s["tokens"] for s in samples]
+        ours = score(policy, prompts, tokens, 0, temperature, 4096, 64)
+        theirs = torch.zeros_like(ours)
+        for row, sample in zip(theirs, samples):
+            row[: len(sample["logps"])] = torch.tensor(sample["logps"])
+        assert (ours - theirs).abs().max() < 1e-4
+        seen.append(ours[:, 0])
+    assert (seen[0] - seen[2]).abs().max() > 0.05  # the pushes did change the policy: agreement is not by standing still
+
+
+def test_rollout_keeps_order_ends_and_limits(folder_and_engine):
+    folder, llm = folder_and_engine
+    policy = load_policy(folder, CPU, 0, 0, True, False)
+    sync_weights(llm, policy, sleep=False)
+    eos = policy.config.eos_token_id
+    prompts = [[5, 6, 7], [8, 9]]
+    samples = rollout(llm, prompts, 40, 1.0, 30)
+    assert [s["prompt"] for s in samples] == [prompts[0]] * 40 + [prompts[1]] * 40
+    assert len({tuple(s["tokens"]) for s in samples}) > 70  # the copies of a prompt differ
+    for s in samples:
+        assert len(s["logps"]) == len(s["tokens"]) <= 30
+        assert (s["finish_reason"] == "stop") == (s["tokens"][-1] == eos)
+        assert (s["finish_reason"] == "length") == (s["tokens"][-1] != eos and len(s["tokens"]) == 30)
+    assert {s["finish_reason"] for s in samples} == {"stop", "length"}  # the case is not vacuous
+
+
+def test_reset_of_the_prefix_cache_is_needed_and_checked(folder_and_engine, monkeypatch):
+    folder, llm = folder_and_engine
+    policy = load_policy(folder, CPU, 0, 0, True, False)
+    monkeypatch.setattr(llm, "reset_prefix_cache", lambda: False)
+    with pytest.raises(RuntimeError, match="prefix cache"):
+        sync_weights(llm, policy, sleep=False)
+
+
+def test_merged_weights_are_the_policy(tmp_path, folder_and_engine):
+    """W + (alpha / r) B A under Hugging Face names gives the adapted policy's own log-probabilities."""
+    folder, _ = folder_and_engine
+    policy = load_policy(folder, CPU, 8, 16, True, False)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    grpo_upskill.save_final(str(tmp_path / "final"), policy, AutoTokenizer.from_pretrained(folder), torch.float32)
+    plain = load_policy(str(tmp_path / "final"), CPU, 0, 0, True, False)
+    assert {n for n, _ in merged_weights(policy)} == set(plain.state_dict())
+    prompts, tokens = [[5, 6, 7]], [[8, 9, 10, 11]]
+    expected = score(policy, prompts, tokens, 0, 1.0, 100, 8)
+    torch.testing.assert_close(score(plain, prompts, tokens, 0, 1.0, 100, 8), expected, atol=1e-5, rtol=0)
+    assert (expected - score(load_policy(folder, CPU, 0, 0, True, False), prompts, tokens, 0, 1.0, 100, 8)).abs().max() > 0.01
+    from peft import PeftModel
+
+    adapted = PeftModel.from_pretrained(load_policy(folder, CPU, 0, 0, True, False), tmp_path / "final" / "adapter")
+    torch.testing.assert_close(score(adapted, prompts, tokens, 0, 1.0, 100, 8), expected, atol=1e-5, rtol=0)
