@@ -1,21 +1,19 @@
-"""UpSkill (Shah et al. 2026, arXiv 2602.22296): GRPO plus a mutual-information reward that teaches N distinct skills.
+"""UpSkill (Shah et al. 2026, arXiv 2602.22296): GRPO plus a mutual-information reward that teaches distinct skills.
 
-A skill z in 1..N is a text prefix of the question, "Strategy {z} | ...". Every question x is answered under every z, and a
-completion y is rewarded for being right and for telling which z produced it:
+A skill z in 1..N is a text prefix of the question, "Strategy {z} | ...". Every question x is answered under every z, and
+a completion y is rewarded for being right and for telling which z produced it:
 
     r(y; x, z) = r_correct + alpha_mi * r_MI,        r_correct = +1 right, -1 wrong
-    r_MI       = log p(y | x, z) - log (1/N) sum_z' p(y | x, z')                             (--mi-form seq, <= ln N)
+    r_MI       = log p(y | x, z) - log (1/N) sum_z' p(y | x, z')                          (--mi-form seq, at most ln N)
 
-E[r_MI] is the mutual information I(y; z | x), so the N skills spread over different solutions, and asking each skill once
-beats asking one model N times (pass@N). Advantages, clipped surrogate and updates are GRPO's. With --alpha-mi 0 this file is
-plain GRPO, the control arm, with the prefix or (--no-use-prefix) without.
+E[r_MI] is the mutual information I(y; z | x): skills spread over different solutions, so that asking each of them once
+finds a right one more often than asking one model N times (pass@N). The rest is GRPO, and --alpha-mi 0 is plain GRPO:
+the control arm, with the prefix or (--skill-prefix "") without.
 
-Not here on purpose: value network, reward model, several GPUs, multi-turn, 4-bit weights, the paper's "semantic" MI (it is
-one number for a whole batch, so group centring cancels it).
+Left out: value network, reward model, several GPUs, multi-turn, 4-bit weights, the paper's "semantic" MI (one number for
+a whole batch, which group centring cancels). Not yet run on a GPU; what it reached without one stands in README.md.
 
-One GPU with 80 GB:          python grpo_upskill.py --model-name Qwen/Qwen2.5-7B-Instruct
-No GPU, half a million parameters, minutes: the first command of README.md, where what it reached is written down. Nothing
-in this file has been measured on a GPU yet.
+    python grpo_upskill.py --model-name Qwen/Qwen2.5-7B-Instruct          # LoRA, meant for one 80 GB GPU
 """
 
 import functools
@@ -42,14 +40,12 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from eval_gsm8k import evaluate, extract_answer, is_correct, parse_gold
+from eval_gsm8k import evaluate, extract_answer, fail, is_correct, load_problems
 
 
 @dataclass
 class Args:
-    # --- experiment ---
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """name of the experiment, the first part of the default run name"""
+    # experiment
     run_name: str = ""
     """folder under output_dir; starting the same name again resumes it (empty: experiment, model, seed and time)"""
     output_dir: str = "runs"
@@ -57,11 +53,7 @@ class Args:
     seed: int = 1
     """seed of data order, sampling and LoRA initialisation"""
     track: bool = False
-    """also log to Weights & Biases (metrics.jsonl is always written)"""
-    wandb_project: str = "grpo-upskill"
-    """wandb project"""
-    wandb_entity: str = ""
-    """wandb team (empty: your default)"""
+    """also log to Weights & Biases, in the project WANDB_PROJECT names (metrics.jsonl is always written)"""
     # model
     model_name: str = "Qwen/Qwen2.5-7B-Instruct"
     """Hugging Face id or local folder of a chat model"""
@@ -78,8 +70,6 @@ class Args:
     """configuration of a Hugging Face dataset (unused for local files)"""
     eval_dataset: str = ""
     """evaluation problems, as --dataset (empty: the hub dataset's test split; a local file gives up its last tenth)"""
-    max_prompt_tokens: int = 512
-    """a longer prompt is an error, never truncated"""
     system_prompt: str = "You are a helpful math assistant that solves problems step by step."
     """system message; empty: none"""
     # rollout
@@ -113,16 +103,14 @@ class Args:
     correct_coef: float = 1.0
     """weight of the correctness reward; 0 trains on MI alone"""
     skill_prefix: str = "Strategy {z} | "
-    """text before the question; {z} becomes the skill's number"""
-    use_prefix: bool = True
-    """--no-use-prefix is the control without skills (needs --alpha-mi 0)"""
+    """text before the question, {z} the skill's number; "" is the control without skills (needs --alpha-mi 0)"""
     group_by: Literal["question", "skill"] = "question"
     """what is compared: all completions of a question, or only those with the same z"""
     shuffle_rewards: bool = False
     """negative control: permute the rewards of a step, so that nothing can be learned"""
     # loss
     loss_type: Literal["grpo", "dr_grpo", "dapo"] = "dapo"
-    """grpo: mean over completions of token means; dr_grpo: sum / (completions x max_new_tokens); dapo: mean over tokens"""
+    """grpo: mean over completions of token means; dr_grpo: over completions x max_new_tokens; dapo: mean over tokens"""
     clip_low: float = 0.2
     """ratio is clipped below at 1 - clip_low"""
     clip_high: float = 0.28
@@ -184,52 +172,6 @@ class Args:
 
 # ---- Data and prompt -------------------------------------------------------------------------------------------------
 
-def fail(message: str):
-    """End the program the way every user error ends here: one sentence on stderr, exit code 2."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-
-def load_problems(dataset: str, config: str, split: str) -> list[dict]:
-    """Load [{"question": str, "gold": str}, ...] from a local .jsonl file or a hub dataset with GSM8K's columns.
-
-    A row needs `question` and `answer`; gold is the number after the last "####" of `answer`, or all of it if it is a
-    bare number. `config` and `split` are for hub datasets only. A row that cannot be used ends the program, naming
-    file and line (exit code 2): a dataset is never shortened silently.
-    """
-    if dataset.endswith((".jsonl", ".json")) or os.path.exists(dataset):
-        if not os.path.isfile(dataset):
-            fail(f"dataset file {dataset} does not exist; give a .jsonl file or a Hugging Face dataset id.")
-        rows = []
-        with open(dataset, encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    try:
-                        rows.append((f"{dataset}, line {number}", json.loads(line)))
-                    except ValueError as error:
-                        fail(f"{dataset}, line {number} is not valid JSON ({error}); write one JSON object per line.")
-    else:
-        from datasets import load_dataset
-
-        try:
-            table = load_dataset(dataset, config or None, split=split)
-        except Exception as error:  # hub, network and cache errors have no common base class
-            fail(f"dataset {dataset} ({config}, {split}) did not load: {type(error).__name__}: {str(error)[:300]}")
-        rows = [(f"{dataset}, {split} row {i}", row) for i, row in enumerate(table)]
-    problems = []
-    for where, row in rows:
-        for column in ("question", "answer"):
-            if not isinstance(row, dict) or not str(row.get(column) or "").strip():
-                fail(f"{where} has no {column!r}; every row needs a non-empty 'question' and 'answer'.")
-        gold = parse_gold(str(row["answer"]))
-        if gold is None:
-            fail(f"{where}: 'answer' ends in {str(row['answer'])[-40:]!r}; it must end in '#### <number>'.")
-        problems.append({"question": str(row["question"]).strip(), "gold": gold})
-    if not problems:
-        fail(f"dataset {dataset} holds no problems; give a file with at least one JSON object per line.")
-    return problems
-
-
 def encode_prompt(tokenizer, question: str, system_prompt: str, prefix: str = "") -> list[int]:
     """Token ids of the chat-templated prompt with the generation header on; `prefix` goes before the question.
 
@@ -250,7 +192,7 @@ def mi_rewards(logps: torch.Tensor, z: torch.Tensor, mask: torch.Tensor, form: s
     skill that sampled; mask [B, T]: True on completion tokens. Returns [B].
 
     seq          log p(y|x,z) - log (1/N) sum_z' p(y|x,z')           <= ln N; its mean is I(y; z | x)
-    token        sum_t log p(y_t|..z..) - log (1/N) sum_z' p(y_t|..z'..)    the paper's formula; <= T ln N, over-counts I
+    token        sum_t log p(y_t|..z..) - log (1/N) sum_z' p(y_t|..z'..)   the paper's formula; <= T ln N, over-counts I
     token_mean   token / T
     """
     logps = logps.double().masked_fill(~mask[:, None], 0.0)
@@ -265,81 +207,75 @@ def mi_rewards(logps: torch.Tensor, z: torch.Tensor, mask: torch.Tensor, form: s
 
 # ---- Policy and log-probabilities ------------------------------------------------------------------------------------
 
-def load_policy(model_name: str, device, lora_r: int, lora_alpha: int, gradient_checkpointing: bool, trust_remote_code: bool):
-    """The model to train: all weights in fp32, or LoRA adapters in fp32 on a frozen base (bf16 on a GPU, fp32 without).
+def load_policy(model_name: str, device, lora_r: int, lora_alpha: int, gradient_checkpointing: bool, remote_code: bool):
+    """The model to train: all weights in fp32, or LoRA adapters in fp32 on a frozen base (bf16 on a GPU).
 
-    fp32 because an update of 1e-6 is lost when it is added to a bf16 weight. Dropout is off: it would make the
-    probabilities that are trained differ from those that were sampled.
+    fp32 because an update of 1e-6 is lost when added to a bf16 weight. Dropout is off: the probabilities that are
+    trained must be those that were sampled.
     """
     from transformers import AutoModelForCausalLM
 
-    frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
-    policy = AutoModelForCausalLM.from_pretrained(
-        model_name, dtype=frozen if lora_r else torch.float32, trust_remote_code=trust_remote_code
-    ).to(device)
+    dtype = torch.bfloat16 if lora_r and device.type == "cuda" else torch.float32
+    policy = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype, trust_remote_code=remote_code).to(device)
     for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(policy.config, name, None) not in (None, 1, 1.0):
-            fail(f"{model_name} sets {name}, which rescales logits after the head; token_logprobs does not, so add it there.")
-    policy.config.attention_dropout = 0.0
+        if getattr(policy.config, name, None) not in (None, 1):
+            fail(f"{model_name} sets {name}: its logits change after the head, which token_logprobs does not do.")
     for module in policy.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
+        if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
     if gradient_checkpointing and device.type == "cuda":
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if lora_r:
         from peft import LoraConfig, get_peft_model
 
-        policy = get_peft_model(
-            policy, LoraConfig(r=lora_r, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-        )
+        lora = LoraConfig(r=lora_r, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+        policy = get_peft_model(policy, lora)
     return policy.train()
 
 
 def token_logprobs(policy, ids, prompt_lens, completion_lens, temperature: float, head_chunk: int):
     """Log-probability and entropy of every completion token, without ever holding [B, T, vocabulary].
 
-    ids [B, T]: prompt + completion, right-padded (attention is causal, so pads to the right change nothing and no mask is
-    needed); prompt_lens, completion_lens [B]. Returns logps and entropy, both [B, C] fp32 in nats with C the longest
-    completion, 0 after its end. Only positions that predict a completion token reach the head, head_chunk at a time, and
-    the backward pass recomputes each chunk's logits: peak memory is head_chunk x vocabulary.
+    ids [B, T]: prompt + completion, right-padded (attention is causal, so pads to the right change nothing and no mask
+    is needed); prompt_lens, completion_lens [B]. Returns logps and entropy, both [B, C] fp32 in nats, C the longest
+    completion, 0 after a completion's end. Only positions that predict a completion token reach the head, head_chunk at
+    a time, and the backward pass recomputes their logits: the peak is a few times head_chunk x vocabulary.
     """
     position = torch.arange(ids.shape[1] - 1, device=ids.device)
     predicts = (position >= prompt_lens[:, None] - 1) & (position < (prompt_lens + completion_lens)[:, None] - 1)
-    autocast = torch.autocast("cuda", torch.bfloat16) if ids.device.type == "cuda" else nullcontext()
     model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
     head = model.get_output_embeddings()
 
     def head_logps(hidden, targets):  # [n, H], [n] -> [n], [n]
-        logits = head(hidden).float() / temperature  # [n, vocabulary]: fp32 before the softmax
+        logits = head(hidden).float() / temperature  # [n, vocabulary], in fp32 before the softmax
         logz = logits.logsumexp(-1)
         with torch.no_grad():
             entropy = logz - (torch.exp(logits - logz[:, None]) * logits).sum(-1)
         return logits.gather(-1, targets[:, None])[:, 0] - logz, entropy
 
-    with autocast:
+    with torch.autocast("cuda", torch.bfloat16) if ids.device.type == "cuda" else nullcontext():
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][predicts]  # [n, H]
-        targets = ids[:, 1:][predicts]  # [n]
-        chunks = [
-            checkpoint(head_logps, h, t, use_reentrant=False) if torch.is_grad_enabled() else head_logps(h, t)
-            for h, t in zip(hidden.split(head_chunk), targets.split(head_chunk))
-        ]
+        chunks = zip(hidden.split(head_chunk), ids[:, 1:][predicts].split(head_chunk), strict=True)
+        if torch.is_grad_enabled():
+            parts = [checkpoint(head_logps, *chunk, use_reentrant=False) for chunk in chunks]
+        else:
+            parts = [head_logps(*chunk) for chunk in chunks]
     mask = torch.arange(int(completion_lens.max()), device=ids.device) < completion_lens[:, None]  # [B, C]
     zeros = torch.zeros(mask.shape, device=ids.device)
-    logps, entropy = (torch.cat(parts) for parts in zip(*chunks))
+    logps, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
     return zeros.masked_scatter(mask, logps), zeros.masked_scatter(mask, entropy)
 
 
 @torch.no_grad()
-def score(policy, prompts, completions, pad_id: int, temperature: float, max_tokens: int, head_chunk: int) -> torch.Tensor:
-    """Log-probabilities [len(prompts), C] of completions given prompts (lists of token ids), on the CPU, 0 after the end."""
+def score(policy, prompts, completions, pad_id: int, temperature: float, max_tokens: int, head_chunk: int):
+    """Log-probabilities [B, C] of completions given prompts (B lists of token ids each), on the CPU, 0 after the end."""
     device = next(policy.parameters()).device
     logps = torch.zeros(len(prompts), max(map(len, completions)))
-    for rows in micro_batches([len(p) + len(c) for p, c in zip(prompts, completions)], max_tokens):
-        ids, prompt_lens, completion_lens = pad_batch([prompts[i] for i in rows], [completions[i] for i in rows], pad_id)
-        batch = (ids.to(device), prompt_lens.to(device), completion_lens.to(device))
-        part = token_logprobs(policy, *batch, temperature, head_chunk)[0]
+    for rows in micro_batches([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)], max_tokens):
+        batch = pad_batch([prompts[i] for i in rows], [completions[i] for i in rows], pad_id, device)
+        part, _ = token_logprobs(policy, *batch, temperature, head_chunk)
         logps[rows, : part.shape[1]] = part.cpu()
     return logps
 
@@ -360,9 +296,8 @@ def group_advantages(rewards: torch.Tensor, scale: str, eps: float = 1e-4) -> to
     return centred
 
 
-def policy_loss(
-    logps, old_logps, advantages, mask, loss_type, clip_low, clip_high, denominator, is_weights=None, ref_logps=None, kl_coef=0.0
-):
+def policy_loss(logps, old_logps, advantages, mask, loss_type, clip_low, clip_high, denominator, is_weights=None,
+                ref_logps=None, kl_coef=0.0):
     """The micro-batch's share of the step's loss, and sums over its tokens for the log.
 
     logps, old_logps, is_weights, ref_logps, mask [B, C]; advantages [B]. `denominator` belongs to the whole optimizer
@@ -397,36 +332,28 @@ def policy_loss(
 
 # ---- vLLM ------------------------------------------------------------------------------------------------------------
 
-def make_engine(
-    model_name: str, device, max_model_len: int, seed: int, gpu_memory_utilization: float, enforce_eager: bool,
-    sleep: bool, trust_remote_code: bool,
-):
-    """A vLLM engine in this process. Its weights are random until the first `sync_weights`.
+def make_engine(model_name: str, device, max_model_len: int, seed: int, gpu_memory_utilization: float, eager: bool,
+                sleep: bool, remote_code: bool):
+    """A vLLM engine in this process, with random weights until the first `sync_weights`.
 
     Call it before seeding (it reseeds python, numpy and torch) and before loading the policy (it measures free memory).
-    Raises nothing of its own; a missing GPU and a missing CPU build end the program with a sentence.
     """
     try:
         from vllm import LLM
         from vllm.platforms import current_platform
     except ImportError as error:
-        fail(f"vllm cannot be imported ({error}); install requirements.txt, or without a GPU tests/requirements-cpu.txt.")
+        fail(f"vllm does not import ({error}); install requirements.txt, or without a GPU tests/requirements-cpu.txt.")
     if device.type == "cpu" and not current_platform.is_cpu():
-        fail("no GPU is visible and this vllm is not a CPU build; run on a GPU, or install tests/requirements-cpu.txt.")
+        fail("no GPU is visible and this vllm is no CPU build; use a GPU, or install tests/requirements-cpu.txt.")
+    cpu = {  # the KV cache is not sized by what RAM happens to be free; a tied head would stay stale after a reload
+        "enforce_eager": True, "kv_cache_memory_bytes": 2**30, "hf_overrides": {"tie_word_embeddings": False},
+    }
+    gpu = {"enforce_eager": eager, "gpu_memory_utilization": gpu_memory_utilization, "enable_sleep_mode": sleep}
     return LLM(
-        model=model_name,
+        model=model_name, load_format="dummy", max_model_len=max_model_len, seed=seed, trust_remote_code=remote_code,
         dtype="bfloat16" if device.type == "cuda" else "float32",  # "auto" would read fp32 checkpoints as fp16
-        load_format="dummy",
-        # On the CPU a tied head keeps its old weights after a reload (checked with 0.32): untie it in the engine.
-        hf_overrides={"tie_word_embeddings": False} if device.type == "cpu" else None,
-        max_model_len=max_model_len,
-        seed=seed,
-        gpu_memory_utilization=gpu_memory_utilization,
-        kv_cache_memory_bytes=2**30 if device.type == "cpu" else None,  # not a share of RAM that others are using
-        enforce_eager=enforce_eager or device.type == "cpu",
-        enable_sleep_mode=sleep,
         logprobs_mode="processed_logprobs",  # log_softmax(logits / temperature), what the trainer computes
-        trust_remote_code=trust_remote_code,
+        **(gpu if device.type == "cuda" else cpu),
     )
 
 
@@ -438,17 +365,15 @@ def rollout(llm, prompts: list[list[int]], n: int, temperature: float, max_new_t
     """
     from vllm import SamplingParams
 
-    sampling = SamplingParams(
-        n=n, temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_new_tokens, logprobs=0, detokenize=False
-    )
+    sampling = SamplingParams(n=n, temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_new_tokens, logprobs=0,
+                              detokenize=False)
+    results = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
     samples = []
-    for result in llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False):
+    for prompt, result in zip(prompts, results, strict=True):
         for output in result.outputs:
             tokens = list(output.token_ids)
-            logps = [entry[token].logprob for entry, token in zip(output.logprobs, tokens)]
-            samples.append(
-                {"prompt": result.prompt_token_ids, "tokens": tokens, "logps": logps, "finish_reason": output.finish_reason}
-            )
+            logps = [entry[token].logprob for entry, token in zip(output.logprobs, tokens, strict=True)]
+            samples.append({"prompt": prompt, "tokens": tokens, "logps": logps, "finish_reason": output.finish_reason})
     return samples
 
 
@@ -495,14 +420,15 @@ def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
     return batches
 
 
-def pad_batch(prompts, completions, pad_id: int):
-    """Right-padded prompt + completion: ids [B, T], prompt lengths [B], completion lengths [B].
+def pad_batch(prompts, completions, pad_id: int, device=None):
+    """Right-padded prompt + completion: ids [B, T], prompt lengths [B], completion lengths [B], on `device`.
 
-    Example: prompts [[5, 6], [7]], completions [[8], [9, 1]], pad 0 -> ids [[5, 6, 8], [7, 9, 1]].
+    Example: prompts [[5, 6], [7]], completions [[8], [9, 1]] -> ids [[5, 6, 8], [7, 9, 1]], [2, 1], [1, 2].
     """
-    rows = [torch.tensor(list(p) + list(c)) for p, c in zip(prompts, completions)]
+    rows = [torch.tensor(list(p) + list(c)) for p, c in zip(prompts, completions, strict=True)]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
-    return ids, torch.tensor([len(p) for p in prompts]), torch.tensor([len(c) for c in completions])
+    lens = torch.tensor([list(map(len, prompts)), list(map(len, completions))])
+    return ids.to(device), *lens.to(device)
 
 
 # ---- Checkpoint ------------------------------------------------------------------------------------------------------
@@ -510,8 +436,7 @@ def pad_batch(prompts, completions, pad_id: int):
 def save_checkpoint(folder: str, policy, optimizer, state: dict, keep_last: int):
     """Write <folder>/step_<n> whole or not at all: into a temporary folder, flushed to disk, then renamed.
 
-    `state` holds plain values (its "step" names the folder); the trained weights go to safetensors, the optimizer and all
-    random generators beside them.
+    `state` holds plain values (its "step" names the folder); beside it go trained weights, optimizer, random generators.
     """
     from safetensors.torch import save_file
 
@@ -564,23 +489,21 @@ def load_checkpoint(folder: str, policy, optimizer) -> dict | None:
 
 
 def save_final(folder: str, policy, tokenizer, dtype):
-    """A plain Hugging Face model folder (merged if LoRA, with the adapter under adapter/), complete when it exists."""
+    """A plain Hugging Face model folder (LoRA merged, its adapter under adapter/), complete as soon as it exists."""
     from huggingface_hub import save_torch_state_dict
 
-    temporary = folder + ".tmp"
+    temporary = folder + ".unfinished"
     shutil.rmtree(temporary, ignore_errors=True)
     os.makedirs(temporary)
     model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    skip = ["lm_head.weight"] if model.config.tie_word_embeddings else []
-    weights = {n: w.detach().to("cpu", dtype).contiguous() for n, w in merged_weights(policy) if n not in skip}
+    tied = ["lm_head.weight"] if model.config.tie_word_embeddings else []
+    weights = {n: w.detach().to("cpu", dtype).contiguous() for n, w in merged_weights(policy) if n not in tied}
     save_torch_state_dict(weights, temporary)
     model.config.dtype = dtype
-    model.config.save_pretrained(temporary)
-    model.generation_config.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
+    for part in (model.config, model.generation_config, tokenizer):
+        part.save_pretrained(temporary)
     if policy is not model:
         policy.save_pretrained(os.path.join(temporary, "adapter"))
-    shutil.rmtree(folder, ignore_errors=True)
     os.rename(temporary, folder)
 
 
@@ -591,23 +514,21 @@ if __name__ == "__main__":
     from transformers import AutoConfig, AutoTokenizer
 
     args = tyro.cli(Args, description=__doc__)
-    skills = args.max_z if args.use_prefix else 1  # N
+    skills = args.max_z if args.skill_prefix else 1  # N
     copies = args.group_size // max(1, skills)  # completions of one (question, z)
-    at_least_one = ("num_steps questions_per_step max_new_tokens max_prompt_tokens max_z update_epochs num_minibatches "
-                    "max_tokens_per_microbatch head_chunk eval_samples keep_last").split()
+    positive = ("num_steps", "questions_per_step", "max_new_tokens", "max_z", "update_epochs", "num_minibatches",
+                "max_tokens_per_microbatch", "head_chunk", "eval_samples", "keep_last", "temperature")
     for name, value in asdict(args).items():
-        if name in at_least_one and value < 1 or isinstance(value, (int, float)) and not value >= 0:
-            fail(f"--{name.replace('_', '-')} is {value}; it must be at least {int(name in at_least_one)}.")
+        if isinstance(value, (int, float)) and not (value > 0 if name in positive else value >= 0):
+            fail(f"--{name.replace('_', '-')} is {value}; it must be {'above' if name in positive else 'at least'} 0.")
     if args.group_size < 2 or args.group_size % skills:
         fail(f"--group-size {args.group_size} must be a multiple of --max-z {skills} and at least 2: groups are compared.")
     if args.group_by == "skill" and copies < 2:
         fail(f"--group-by skill compares completions of one z; --group-size must be at least {2 * skills}.")
-    if not args.use_prefix and (args.alpha_mi or args.mixture_kl_coef):
-        fail("--no-use-prefix leaves no skills to tell apart; add --alpha-mi 0 --mixture-kl-coef 0, or keep the prefix.")
-    if args.use_prefix and "{z}" not in args.skill_prefix:
-        fail(f"--skill-prefix {args.skill_prefix!r} does not contain {{z}}, so all skills would get the same prompt.")
-    if args.temperature == 0:
-        fail("--temperature is 0; training needs samples that differ, so it must be above 0.")
+    if args.skill_prefix and "{z}" not in args.skill_prefix:
+        fail(f"--skill-prefix {args.skill_prefix!r} has no {{z}} in it, so that all skills would get the same prompt.")
+    if not args.skill_prefix and (args.alpha_mi or args.mixture_kl_coef):
+        fail('--skill-prefix "" leaves no skills to tell apart; add --alpha-mi 0 and leave --mixture-kl-coef at 0.')
 
     # data
     problems = load_problems(args.dataset, args.dataset_config, "train")
@@ -622,28 +543,26 @@ if __name__ == "__main__":
     try:
         config = AutoConfig.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        fail(f"model {args.model_name} did not load ({str(error).splitlines()[0]}); give a hub id or a model folder.")
+    except Exception as error:  # hub, file and parser errors have no common base class
+        fail(f"model {args.model_name} did not load; give a hub id or a model folder. {' '.join(str(error).split())[:200]}")
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {args.model_name} has no chat template or no EOS token; use an instruct model.")
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @functools.lru_cache(maxsize=8192)
     def encode(question, z):
-        prefix = args.skill_prefix.replace("{z}", str(z)) if args.use_prefix and z is not None else ""
+        prefix = args.skill_prefix.replace("{z}", str(z)) if z is not None else ""
         return encode_prompt(tokenizer, question, args.system_prompt, prefix)
 
-    for question in (problem["question"] for problem in problems + eval_problems):
-        if len(encode(question, skills)) > args.max_prompt_tokens:
-            fail(f"the prompt of {question[:60]!r}... has {len(encode(question, skills))} tokens, more than "
-                 f"--max-prompt-tokens {args.max_prompt_tokens}; raise it or remove the row.")
-    max_model_len = args.max_prompt_tokens + args.max_new_tokens
+    longest = max((row["question"] for row in problems + eval_problems), key=lambda q: len(encode(q, skills)))
+    max_model_len = len(encode(longest, skills)) + args.max_new_tokens
     if max_model_len > getattr(config, "max_position_embeddings", max_model_len):
-        fail(f"--max-prompt-tokens + --max-new-tokens is {max_model_len}; the model ends at {config.max_position_embeddings}.")
+        fail(f"the prompt of {longest[:60]!r}... and --max-new-tokens make {max_model_len} tokens, but {args.model_name} "
+             f"takes {config.max_position_embeddings}; lower --max-new-tokens or remove the row.")
 
     # run folder: the same --run-name goes on where it stopped, with the same arguments or not at all
-    model = os.path.basename(os.path.normpath(args.model_name))
-    args.run_name = args.run_name or f"{args.exp_name}__{model}__{args.seed}__{int(time.time())}"
+    name = f"{os.path.basename(__file__)[:-3]}__{os.path.basename(os.path.abspath(args.model_name))}__{args.seed}"
+    args.run_name = args.run_name or f"{name}__{int(time.time())}"
     run_dir = os.path.join(args.output_dir, args.run_name)
     args_path, metrics_path, samples_path, checkpoints, final_dir = (
         os.path.join(run_dir, name) for name in ("args.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "final")
@@ -654,11 +573,10 @@ if __name__ == "__main__":
     if os.path.exists(args_path):
         with open(args_path) as file:
             before = json.load(file)
-        free = ("output_dir", "track", "wandb_project", "wandb_entity", "save_every", "keep_last")
         changed = [f"--{k.replace('_', '-')} was {before.get(k)!r} and is {v!r}" for k, v in asdict(args).items()
-                   if k not in free and before.get(k) != v]
+                   if k not in ("output_dir", "track", "save_every", "keep_last") and before.get(k) != v]
         if changed:
-            fail(f"{run_dir} was started with other arguments ({', '.join(changed)}); give those or another --run-name.")
+            fail(f"{run_dir} was started with other arguments: {', '.join(changed)}; give those or another --run-name.")
     elif os.path.isdir(run_dir) and os.listdir(run_dir):
         fail(f"{run_dir} exists and holds no run; choose another --run-name.")
 
@@ -670,9 +588,8 @@ if __name__ == "__main__":
                       args.enforce_eager, sleep, args.trust_remote_code)
     if sleep:
         llm.sleep(level=2)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
+    for set_seed in (random.seed, np.random.seed, torch.manual_seed):
+        set_seed(args.seed)
     policy = load_policy(args.model_name, device, args.lora_r, args.lora_alpha, args.gradient_checkpointing,
                          args.trust_remote_code)
     reference = policy  # LoRA: the same model with its adapters off
@@ -685,8 +602,8 @@ if __name__ == "__main__":
     os.makedirs(run_dir, exist_ok=True)
     with open(args_path, "w") as file:
         json.dump(asdict(args), file, indent=2)
-    state = load_checkpoint(checkpoints, policy, optimizer) or {"step": 0, "metrics_bytes": 0, "samples_bytes": 0}
-    for path, size in ((metrics_path, state["metrics_bytes"]), (samples_path, state["samples_bytes"])):
+    state = load_checkpoint(checkpoints, policy, optimizer) or {"step": 0, "logged": (0, 0)}
+    for path, size in zip((metrics_path, samples_path), state["logged"], strict=True):
         with open(path, "ab") as file:
             file.truncate(size)
     signals = []
@@ -695,8 +612,7 @@ if __name__ == "__main__":
     if args.track:
         import wandb
 
-        wandb.init(project=args.wandb_project, entity=args.wandb_entity or None, name=args.run_name, id=args.run_name,
-                   resume="allow", config=asdict(args), save_code=True)
+        wandb.init(name=args.run_name, id=args.run_name, resume="allow", config=asdict(args))
 
     def log(record):
         with open(metrics_path, "a") as file:
@@ -716,26 +632,25 @@ if __name__ == "__main__":
         repeated = [completion for completion in completions for _ in range(skills)]
         return score_with(policy, prompts, repeated, temperature).view(len(questions), skills, -1)
 
-    def skill_metrics(logps, z, mask):  # measured as I(y; z | x), whatever form is rewarded
+    def skill_metrics(logps, z, tokens):  # I(y; z | x), whatever form is rewarded
+        mask = torch.arange(logps.shape[2]) < torch.tensor(list(map(len, tokens)))[:, None]
         mi = mi_rewards(logps, z, mask, "seq").mean().item()
         decoded = (logps.sum(-1).argmax(1) == z).float().mean().item()
-        return {"mi": mi, "mi_over_ln_n": mi / math.log(skills) if skills > 1 else 0.0, "z_decoded": decoded}
+        return {"mi": mi, "mi_over_ln_n": mi / math.log(max(2, skills)), "z_decoded": decoded}
 
     def run_evaluation(step):
         started = time.perf_counter()
+        num_skills, num_samples = (skills, args.eval_samples) if args.skill_prefix else (0, args.max_z * args.eval_samples)
         figures, rows = evaluate(
-            llm, tokenizer, eval_problems, encode, num_skills=skills if args.use_prefix else 0,
-            num_samples=args.eval_samples * (1 if args.use_prefix else args.max_z), temperature=args.eval_temperature,
-            max_new_tokens=args.max_new_tokens, answer_mode=args.answer_mode, seed=args.seed,
+            llm, tokenizer, eval_problems, encode, num_skills=num_skills, num_samples=num_samples, seed=args.seed,
+            temperature=args.eval_temperature, max_new_tokens=args.max_new_tokens, answer_mode=args.answer_mode,
         )
         record = {"step": step, **{f"eval/{key}": value for key, value in figures.items()}}
         rows = [row for row in rows if row["arm"] == "distinct" and row["id"] < 50]  # enough for the MI estimate
         if rows:
             tokens = [row["token_ids"] for row in rows]
-            mask = torch.arange(max(map(len, tokens))) < torch.tensor([len(t) for t in tokens])[:, None]
-            questions = [eval_problems[row["id"]]["question"] for row in rows]
-            logps = skill_logps(questions, tokens, args.eval_temperature or 1.0)
-            measured = skill_metrics(logps, torch.tensor([row["z"] - 1 for row in rows]), mask)
+            logps = skill_logps([row["question"] for row in rows], tokens, args.eval_temperature or 1.0)
+            measured = skill_metrics(logps, torch.tensor([row["z"] - 1 for row in rows]), tokens)
             record |= {f"skill/eval_{key}": value for key, value in measured.items()}
         log(record | {"time/eval": time.perf_counter() - started})
 
@@ -749,27 +664,28 @@ if __name__ == "__main__":
 
         # rollout: group_size completions of each question, z = 1, .., 1, 2, .., 2, .., N
         t2 = time.perf_counter()
-        steps_per_epoch = len(problems) // args.questions_per_step
-        order = np.random.default_rng([args.seed, step // steps_per_epoch]).permutation(len(problems))
-        first = step % steps_per_epoch * args.questions_per_step
-        batch = [problems[i] for i in order[first : first + args.questions_per_step] for _ in range(args.group_size)]
+        epoch, position = divmod(step, len(problems) // args.questions_per_step)
+        order = np.random.default_rng([args.seed, epoch]).permutation(len(problems))
+        chosen = order[position * args.questions_per_step :][: args.questions_per_step]
+        batch = [problems[i] for i in chosen for _ in range(args.group_size)]
         questions = [problem["question"] for problem in batch]
         z = torch.arange(skills).repeat_interleave(copies).repeat(args.questions_per_step)  # [B], 0..N-1
-        prompts = [encode(question, k + 1) for question, k in zip(questions, z.tolist())]
+        prompts = [encode(question, k + 1) for question, k in zip(questions, z.tolist(), strict=True)]
         samples = rollout(llm, prompts[::copies], copies, args.temperature, args.max_new_tokens)
         if sleep:
             llm.sleep(level=2)
         tokens = [sample["tokens"] for sample in samples]
-        lengths = torch.tensor([len(t) for t in tokens])  # [B]
+        lengths = torch.tensor(list(map(len, tokens)))  # [B]
         mask = torch.arange(int(lengths.max())) < lengths[:, None]  # [B, C]
-        vllm_logps = torch.zeros(mask.shape).masked_scatter(mask, torch.tensor([x for s in samples for x in s["logps"]]))
+        vllm_logps = torch.tensor([logp for sample in samples for logp in sample["logps"]])
+        vllm_logps = torch.zeros(mask.shape).masked_scatter(mask, vllm_logps)  # [B, C]
         truncated = torch.tensor([sample["finish_reason"] == "length" for sample in samples])  # [B]
         t3 = time.perf_counter()
 
         # reward: correctness, mutual information, and minus the drift of the mixture from the start
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         answers = [extract_answer(text, args.answer_mode) for text in texts]
-        correct = torch.tensor([is_correct(answer, row["gold"]) for answer, row in zip(answers, batch)])  # [B]
+        correct = torch.tensor([is_correct(a, row["gold"]) for a, row in zip(answers, batch, strict=True)])  # [B]
         r_correct = 2.0 * correct - 1.0
         t4 = time.perf_counter()
         alpha = args.alpha_mi * min(1.0, (step + 1) / max(1, args.alpha_warmup_steps))
@@ -800,6 +716,7 @@ if __name__ == "__main__":
             old_logps = score_with(policy, prompts, tokens) if logps_z is None else logps_z[torch.arange(len(z)), z]
         if args.kl_coef:
             ref_logps = reference_score(prompts, tokens)
+        per_token = [x if x is None else x.to(device) for x in (mask, vllm_logps, old_logps, ref_logps)]  # each [B, C]
         progress = max(0, step - args.warmup_steps) / max(1, args.num_steps - args.warmup_steps)
         decay = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 + 0.5 * math.cos(math.pi * progress)}
         lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps)) * decay[args.lr_schedule]
@@ -807,83 +724,79 @@ if __name__ == "__main__":
             param_group["lr"] = lr
         sums, grad_norms, diff_max = defaultdict(float), [], 0.0
         shuffle = np.random.default_rng([args.seed, step, 1])
-        for _ in range(args.update_epochs):
-            shuffled = shuffle.permutation(kept) if args.num_minibatches > 1 else kept
-            for minibatch in np.array_split(shuffled, args.num_minibatches):
-                used = [i for i in minibatch if not (args.mask_truncated and truncated[i])]
-                if not used:
-                    continue
-                denominator = {"dapo": int(lengths[used].sum()), "grpo": len(minibatch),
-                               "dr_grpo": len(minibatch) * args.max_new_tokens}[args.loss_type]
-                for part in micro_batches([len(prompts[i]) + len(tokens[i]) for i in used], args.max_tokens_per_microbatch):
-                    rows = [used[j] for j in part]
-                    inputs = pad_batch([prompts[i] for i in rows], [tokens[i] for i in rows], pad_id)
-                    logps, entropy = token_logprobs(policy, *(x.to(device) for x in inputs), args.temperature, args.head_chunk)
-                    here = [None if x is None else x[rows, : logps.shape[1]].to(device)
-                            for x in (mask, vllm_logps, old_logps, ref_logps)]
-                    part_mask, vllm, old, ref = here
-                    old = logps.detach() if old is None else old
-                    is_weights = (old - vllm).exp().clamp(max=args.is_cap) if args.is_cap else torch.ones_like(old)
-                    loss, part_sums = policy_loss(logps, old, advantages[rows].to(device), part_mask, args.loss_type,
-                                                  args.clip_low, args.clip_high, denominator, is_weights, ref, args.kl_coef)
-                    loss.backward()
-                    diff = (old - vllm).abs()
-                    diff_max = max(diff_max, diff.max().item())
-                    part_sums |= {"loss": loss.detach(), "tokens": part_mask.sum(), "entropy": entropy.sum(),
-                                  "diff": diff.sum(), "is_weight": (is_weights * part_mask).sum()}
-                    for key, value in part_sums.items():
-                        sums[key] += value
-                if sums["diff"] > args.max_logp_diff * sums["tokens"]:
-                    fail(f"trainer and vLLM disagree by {sums['diff'] / sums['tokens']:.3f} nats a token at step {step} (limit "
-                         f"--max-logp-diff {args.max_logp_diff}): stale weights, another temperature or prompt, or a model "
-                         "that changes its logits after the head; the policy was not updated with them.")
+        minibatches = [part for _ in range(args.update_epochs) for part in np.array_split(
+            shuffle.permutation(kept) if args.num_minibatches > 1 else kept, args.num_minibatches)]
+        for minibatch in minibatches:
+            used = [i for i in minibatch if not (args.mask_truncated and truncated[i])]
+            denominator = {"dapo": int(lengths[used].sum()), "grpo": len(minibatch),
+                           "dr_grpo": len(minibatch) * args.max_new_tokens}[args.loss_type]
+            for part in micro_batches([len(prompts[i]) + len(tokens[i]) for i in used], args.max_tokens_per_microbatch):
+                rows = [used[j] for j in part]
+                inputs = pad_batch([prompts[i] for i in rows], [tokens[i] for i in rows], pad_id, device)
+                logps, entropy = token_logprobs(policy, *inputs, args.temperature, args.head_chunk)
+                here, vllm, old, ref = (x if x is None else x[rows, : logps.shape[1]] for x in per_token)
+                old = logps.detach() if old is None else old
+                is_weights = (old - vllm).exp().clamp(max=args.is_cap) if args.is_cap else torch.ones_like(old)
+                loss, part_sums = policy_loss(logps, old, advantages[rows].to(device), here, args.loss_type, args.clip_low,
+                                              args.clip_high, denominator, is_weights, ref, args.kl_coef)
+                loss.backward()
+                diff = (old - vllm).abs()
+                diff_max = max(diff_max, diff.max().item())
+                part_sums |= {"loss": loss.detach(), "tokens": here.sum(), "entropy": entropy.sum(), "diff": diff.sum(),
+                              "is_weight": (is_weights * here).sum()}
+                for key, value in part_sums.items():
+                    sums[key] += value
+            if sums["diff"] > args.max_logp_diff * sums["tokens"]:
+                fail(f"trainer and vLLM disagree by {sums['diff'] / sums['tokens']:.3f} nats a token in step {step + 1}, "
+                     "more than --max-logp-diff: stale weights, another temperature or prompt, or a model that changes its "
+                     "logits after the head. The policy was not updated with these samples.")
+            if used:
                 grad_norms.append(float(torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm)))
                 optimizer.step()
                 optimizer.zero_grad()
         t6 = time.perf_counter()
 
         # log
-        mean = {key: float(value) / float(sums["tokens"]) for key, value in sums.items()}  # per trained token
+        mean = {key: float(value) / max(1.0, float(sums["tokens"])) for key, value in sums.items()}  # per trained token
         seconds = t6 - t2 + t1 - t0
-        peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else (
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         record = {
-            "step": step + 1, "global_step": (step + 1) * len(batch),
-            "charts/accuracy": correct.float().mean().item(), "charts/learning_rate": lr,
+            "step": step + 1, "global_step": (step + 1) * len(batch), "charts/learning_rate": lr,
+            "charts/accuracy": correct.float().mean().item(), "charts/zero_variance": 1 - varied.float().mean().item(),
             "charts/reward": rewards.mean().item(), "charts/reward_std": rewards.std().item(),
             "charts/length": lengths.float().mean().item(), "charts/truncated": truncated.float().mean().item(),
-            "charts/zero_variance": 1 - varied.float().mean().item(),
-            "charts/samples_per_second": len(batch) / seconds, "charts/tokens_per_second": lengths.sum().item() / seconds,
+            "charts/samples_per_second": len(batch) / seconds,
+            "charts/tokens_per_second": lengths.sum().item() / seconds,
             "losses/policy_loss": float(sums["loss"]) / max(1, len(grad_norms)),
             "losses/grad_norm": sum(grad_norms) / max(1, len(grad_norms)),
-            **{f"losses/{key}": mean[key] for key in ("entropy", "kl", "approx_kl", "clip_low", "clip_high") if key in mean},
+            **{f"losses/{k}": mean[k] for k in ("entropy", "kl", "approx_kl", "clip_low", "clip_high") if k in mean},
             "rollout/logp_diff_mean": mean.get("diff", 0.0), "rollout/logp_diff_max": diff_max,
-            "rollout/is_weight": mean.get("is_weight", 1.0),
-            "time/sync": t1 - t0, "time/rollout": t3 - t2, "time/grading": t4 - t3, "time/mi_scoring": t5 - t4,
-            "time/forward_backward": t6 - t5, "time/total": seconds, "memory/peak_gb": peak,
-            **{f"skill/accuracy_{k + 1}": correct[z == k].float().mean().item() for k in range(args.use_prefix * skills)},
+            "rollout/is_weight": mean.get("is_weight", 1.0), "time/sync": t1 - t0, "time/rollout": t3 - t2,
+            "time/grading": t4 - t3, "time/mi_scoring": t5 - t4, "time/forward_backward": t6 - t5, "time/total": seconds,
+            "memory/peak_gb": (torch.cuda.max_memory_allocated() if device.type == "cuda" else rss) / 1e9,
+            **{f"skill/accuracy_{k + 1}": correct[z == k].float().mean().item() for k in range(skills)},
         }
         if logps_z is not None:
-            record |= {f"skill/{key}": value for key, value in skill_metrics(logps_z, z, mask).items()}
-            record |= {"skill/mi_reward": r_mi.mean().item(), "skill/mixture_kl": -r_kl.mean().item(), "skill/alpha": alpha}
+            record |= {f"skill/{key}": value for key, value in skill_metrics(logps_z, z, tokens).items()}
+            record |= {"skill/mi_reward": r_mi.mean().item(), "skill/alpha": alpha}
+            record |= {"skill/mixture_kl": -r_kl.mean().item()} if args.mixture_kl_coef else {}
         log(record)
-        with open(samples_path, "a") as file:  # the first question's whole group
-            for i in range(args.group_size):
+        terms = {"r_correct": r_correct, "r_mi": r_mi, "r_mixture_kl": r_kl, "reward": rewards, "advantage": advantages}
+        with open(samples_path, "a") as file:
+            for i in range(args.group_size):  # the first question's whole group
                 row = {"step": step + 1, "z": int(z[i]) + 1, "question": questions[i], "completion": texts[i],
                        "gold": batch[i]["gold"], "answer": answers[i], "finish_reason": samples[i]["finish_reason"]}
-                terms = {"r_correct": r_correct, "r_mi": r_mi, "r_mixture_kl": r_kl, "reward": rewards, "advantage": advantages}
                 file.write(json.dumps(row | {key: value[i].item() for key, value in terms.items()}) + "\n")
-        line = (f"accuracy {record['charts/accuracy']:.3f}  reward {record['charts/reward']:.3f}  mi "
-                f"{record.get('skill/mi', 0.0):.3f}  length {record['charts/length']:.0f}  {seconds:.2f} s")
+        shown = ("charts/accuracy", "charts/reward", "skill/mi", "charts/length", "time/total")
+        line = "  ".join(f"{key.split('/')[1]} {record[key]:.3f}" for key in shown if key in record)
         print(f"step {step + 1}/{args.num_steps}  {line}", flush=True) if bar.disable else bar.set_postfix_str(line)
 
         # checkpoint
         if step + 1 == args.num_steps or (args.save_every and (step + 1) % args.save_every == 0) or signals:
-            state = {"step": step + 1, "metrics_bytes": os.path.getsize(metrics_path),
-                     "samples_bytes": os.path.getsize(samples_path)}
+            state = {"step": step + 1, "logged": (os.path.getsize(metrics_path), os.path.getsize(samples_path))}
             save_checkpoint(checkpoints, policy, optimizer, state, args.keep_last)
         if signals:
-            print(f"stopped by signal {signals[0]} after step {step + 1}; the same command with --run-name {args.run_name} goes on.")
+            print(f"signal {signals[0]}: saved after step {step + 1}; the same command and --run-name {args.run_name} go on.")
             sys.exit(128 + signals[0])
 
     sync_weights(llm, policy, sleep)
@@ -892,7 +805,6 @@ if __name__ == "__main__":
     with open(metrics_path) as file:
         evaluations = [record for record in map(json.loads, file) if "eval/pass@1" in record]
     print(f"\n{'':<28}{'before':>10}{'after':>10}")
-    for key in evaluations[-1]:
-        if key.startswith(("eval/", "skill/")):
-            print(f"{key:<28}{evaluations[0][key]:>10.3f}{evaluations[-1][key]:>10.3f}")
+    for key in (key for key in evaluations[-1] if key.startswith(("eval/", "skill/"))):
+        print(f"{key:<28}{evaluations[0][key]:>10.3f}{evaluations[-1][key]:>10.3f}")
     print(f"model: {final_dir}   metrics: {metrics_path}   samples: {samples_path}")
