@@ -1,7 +1,7 @@
-"""UpSkill (Shah et al. 2026, arXiv 2602.22296): GRPO plus a mutual-information reward that teaches distinct skills.
+"""UpSkill (Shah et al. 2026, arXiv 2602.22296): GRPO plus a mutual-information reward that trains distinct skills.
 
-A skill z in 1..N is a text prefix of the question, "Strategy {z} | ...". Every question x is answered under every z, and
-a completion y is rewarded for being right and for telling which z produced it:
+A skill z in 1..N is a text prefix of the question, "Strategy {z} | ...". Every question x is answered under every z,
+and a completion y is rewarded for being right and for telling which z produced it:
 
     r(y; x, z) = r_correct + alpha_mi * r_MI,        r_correct = +1 right, -1 wrong
     r_MI       = log p(y | x, z) - log (1/N) sum_z' p(y | x, z')                          (--mi-form seq, at most ln N)
@@ -10,14 +10,13 @@ E[r_MI] is the mutual information I(y; z | x): skills spread over different solu
 finds a right one more often than asking one model N times (pass@N). The rest is GRPO, and --alpha-mi 0 is plain GRPO:
 the control arm, with the prefix or (--skill-prefix "") without.
 
-Left out: value network, reward model, several GPUs, multi-turn, 4-bit weights, the paper's "semantic" MI (one number for
-a whole batch, which group centring cancels). Not yet run on a GPU; what it reached without one stands in README.md.
+Left out: value network, reward model, several GPUs, multi-turn, 4-bit weights, the paper's "semantic" MI (one number
+for a whole batch, which group centring cancels). Not yet run on a GPU; what it reached without stands in README.md.
 
     python grpo_upskill.py --model-name Qwen/Qwen2.5-7B-Instruct          # LoRA, meant for one 80 GB GPU
 """
 
 import functools
-import glob
 import json
 import math
 import os
@@ -30,6 +29,7 @@ import time
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # engine and trainer live in this one process
@@ -269,8 +269,8 @@ def token_logprobs(policy, ids, prompt_lens, completion_lens, temperature: float
 
 
 @torch.no_grad()
-def score(policy, prompts, completions, pad_id: int, temperature: float, max_tokens: int, head_chunk: int):
-    """Log-probabilities [B, C] of completions given prompts (B lists of token ids each), on the CPU, 0 after the end."""
+def score(policy, prompts, completions, temperature: float, pad_id: int, max_tokens: int, head_chunk: int):
+    """Log-probabilities [B, C] of B completions given B prompts (lists of token ids), on the CPU, 0 after the end."""
     device = next(policy.parameters()).device
     logps = torch.zeros(len(prompts), max(map(len, completions)))
     for rows in micro_batches([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)], max_tokens):
@@ -296,8 +296,8 @@ def group_advantages(rewards: torch.Tensor, scale: str, eps: float = 1e-4) -> to
     return centred
 
 
-def policy_loss(logps, old_logps, advantages, mask, loss_type, clip_low, clip_high, denominator, is_weights=None,
-                ref_logps=None, kl_coef=0.0):
+def policy_loss(logps, old_logps, advantages, mask, loss_type: str, clip_low: float, clip_high: float, denominator,
+                is_weights=None, ref_logps=None, kl_coef: float = 0.0):
     """The micro-batch's share of the step's loss, and sums over its tokens for the log.
 
     logps, old_logps, is_weights, ref_logps, mask [B, C]; advantages [B]. `denominator` belongs to the whole optimizer
@@ -433,43 +433,43 @@ def pad_batch(prompts, completions, pad_id: int, device=None):
 
 # ---- Checkpoint ------------------------------------------------------------------------------------------------------
 
-def save_checkpoint(folder: str, policy, optimizer, state: dict, keep_last: int):
-    """Write <folder>/step_<n> whole or not at all: into a temporary folder, flushed to disk, then renamed.
+def save_checkpoint(folder: Path, policy, optimizer, state: dict, keep_last: int):
+    """Write folder/step_<n> whole or not at all: into a temporary folder, flushed to disk, then renamed.
 
-    `state` holds plain values (its "step" names the folder); beside it go trained weights, optimizer, random generators.
+    `state` holds plain values (its "step" names the folder); with it go trained weights, optimizer, random generators.
     """
     from safetensors.torch import save_file
 
-    final, temporary = os.path.join(folder, f"step_{state['step']:06d}"), os.path.join(folder, "unfinished")
+    final, temporary = folder / f"step_{state['step']:06d}", folder / "unfinished"
     shutil.rmtree(temporary, ignore_errors=True)
-    os.makedirs(temporary)
+    temporary.mkdir(parents=True)
     weights = {n: p.detach().cpu().contiguous() for n, p in policy.named_parameters() if p.requires_grad}
-    save_file(weights, os.path.join(temporary, "policy.safetensors"))
+    save_file(weights, temporary / "policy.safetensors")
     name, keys, *rest = np.random.get_state()
     generators = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
                   "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
     training = {"optimizer": optimizer.state_dict(), "generators": generators, "state": state}
-    torch.save(training, os.path.join(temporary, "training.pt"))
-    for name in os.listdir(temporary):
-        with open(os.path.join(temporary, name), "rb") as file:
+    torch.save(training, temporary / "training.pt")
+    for path in temporary.iterdir():
+        with open(path, "rb") as file:
             os.fsync(file.fileno())
     shutil.rmtree(final, ignore_errors=True)
-    os.rename(temporary, final)
-    for old in sorted(name for name in os.listdir(folder) if name.startswith("step_"))[:-keep_last]:
-        shutil.rmtree(os.path.join(folder, old))
+    temporary.rename(final)
+    for old in sorted(folder.glob("step_*"))[:-keep_last]:
+        shutil.rmtree(old)
 
 
-def load_checkpoint(folder: str, policy, optimizer) -> dict | None:
+def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
     """Restore the newest readable checkpoint under `folder` in place and return its `state`; None if there is none.
 
     A damaged one is reported and passed over for the one before it.
     """
     from safetensors.torch import load_file
 
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "step_*")), reverse=True):
+    for path in sorted(folder.glob("step_*"), reverse=True):
         try:
-            weights = load_file(os.path.join(path, "policy.safetensors"))
-            training = torch.load(os.path.join(path, "training.pt"), map_location="cpu", weights_only=True)
+            weights = load_file(path / "policy.safetensors")
+            training = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
         except Exception as error:  # whatever is wrong with the files, the answer is the same
             print(f"warning: checkpoint {path} is damaged and passed over: {error}", file=sys.stderr)
             continue
@@ -488,13 +488,13 @@ def load_checkpoint(folder: str, policy, optimizer) -> dict | None:
     return None
 
 
-def save_final(folder: str, policy, tokenizer, dtype):
+def save_final(folder: Path, policy, tokenizer, dtype):
     """A plain Hugging Face model folder (LoRA merged, its adapter under adapter/), complete as soon as it exists."""
     from huggingface_hub import save_torch_state_dict
 
-    temporary = folder + ".unfinished"
+    temporary = folder.with_suffix(".unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
-    os.makedirs(temporary)
+    temporary.mkdir(parents=True)
     model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
     tied = ["lm_head.weight"] if model.config.tie_word_embeddings else []
     weights = {n: w.detach().to("cpu", dtype).contiguous() for n, w in merged_weights(policy) if n not in tied}
@@ -503,8 +503,8 @@ def save_final(folder: str, policy, tokenizer, dtype):
     for part in (model.config, model.generation_config, tokenizer):
         part.save_pretrained(temporary)
     if policy is not model:
-        policy.save_pretrained(os.path.join(temporary, "adapter"))
-    os.rename(temporary, folder)
+        policy.save_pretrained(temporary / "adapter")
+    temporary.rename(folder)
 
 
 # ---- The algorithm ---------------------------------------------------------------------------------------------------
@@ -520,9 +520,10 @@ if __name__ == "__main__":
                 "max_tokens_per_microbatch", "head_chunk", "eval_samples", "keep_last", "temperature")
     for name, value in asdict(args).items():
         if isinstance(value, (int, float)) and not (value > 0 if name in positive else value >= 0):
-            fail(f"--{name.replace('_', '-')} is {value}; it must be {'above' if name in positive else 'at least'} 0.")
+            bound = "above 0" if name in positive else "at least 0"
+            fail(f"--{name.replace('_', '-')} is {value}; it must be {bound}.")
     if args.group_size < 2 or args.group_size % skills:
-        fail(f"--group-size {args.group_size} must be a multiple of --max-z {skills} and at least 2: groups are compared.")
+        fail(f"--group-size {args.group_size} must be a multiple of the {skills} skills, and at least 2.")
     if args.group_by == "skill" and copies < 2:
         fail(f"--group-by skill compares completions of one z; --group-size must be at least {2 * skills}.")
     if args.skill_prefix and "{z}" not in args.skill_prefix:
@@ -544,7 +545,8 @@ if __name__ == "__main__":
         config = AutoConfig.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # hub, file and parser errors have no common base class
-        fail(f"model {args.model_name} did not load; give a hub id or a model folder. {' '.join(str(error).split())[:200]}")
+        reason = " ".join(str(error).split())[:200]
+        fail(f"model {args.model_name} did not load; give a hub id or a model folder ({reason}).")
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {args.model_name} has no chat template or no EOS token; use an instruct model.")
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -557,27 +559,24 @@ if __name__ == "__main__":
     longest = max((row["question"] for row in problems + eval_problems), key=lambda q: len(encode(q, skills)))
     max_model_len = len(encode(longest, skills)) + args.max_new_tokens
     if max_model_len > getattr(config, "max_position_embeddings", max_model_len):
-        fail(f"the prompt of {longest[:60]!r}... and --max-new-tokens make {max_model_len} tokens, but {args.model_name} "
-             f"takes {config.max_position_embeddings}; lower --max-new-tokens or remove the row.")
+        fail(f"the prompt of {longest[:60]!r}... and --max-new-tokens make {max_model_len} tokens, {args.model_name} "
+             f"takes only {config.max_position_embeddings}; lower --max-new-tokens or remove the row.")
 
     # run folder: the same --run-name goes on where it stopped, with the same arguments or not at all
-    name = f"{os.path.basename(__file__)[:-3]}__{os.path.basename(os.path.abspath(args.model_name))}__{args.seed}"
+    name = f"{Path(__file__).stem}__{Path(args.model_name).absolute().name}__{args.seed}"
     args.run_name = args.run_name or f"{name}__{int(time.time())}"
-    run_dir = os.path.join(args.output_dir, args.run_name)
-    args_path, metrics_path, samples_path, checkpoints, final_dir = (
-        os.path.join(run_dir, name) for name in ("args.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "final")
-    )
-    if os.path.isdir(final_dir):
-        print(f"{run_dir} is complete, its model is in {final_dir}; another --run-name starts a new run.")
+    run_dir = Path(args.output_dir) / args.run_name
+    args_path, metrics_path, samples_path = (run_dir / name for name in ("args.json", "metrics.jsonl", "samples.jsonl"))
+    if (run_dir / "final").is_dir():
+        print(f"{run_dir} is complete, its model is in {run_dir / 'final'}; another --run-name starts a new run.")
         sys.exit(0)
-    if os.path.exists(args_path):
-        with open(args_path) as file:
-            before = json.load(file)
+    if args_path.exists():
+        before = json.loads(args_path.read_text())
         changed = [f"--{k.replace('_', '-')} was {before.get(k)!r} and is {v!r}" for k, v in asdict(args).items()
                    if k not in ("output_dir", "track", "save_every", "keep_last") and before.get(k) != v]
         if changed:
             fail(f"{run_dir} was started with other arguments: {', '.join(changed)}; give those or another --run-name.")
-    elif os.path.isdir(run_dir) and os.listdir(run_dir):
+    elif run_dir.is_dir() and any(run_dir.iterdir()):
         fail(f"{run_dir} exists and holds no run; choose another --run-name.")
 
     # engine first (it measures free memory and reseeds everything), then seeds, then the policy
@@ -599,10 +598,9 @@ if __name__ == "__main__":
     optimizer = torch.optim.AdamW(trainable, args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True)
 
     # resume: what was logged after the checkpoint is cut off and done again
-    os.makedirs(run_dir, exist_ok=True)
-    with open(args_path, "w") as file:
-        json.dump(asdict(args), file, indent=2)
-    state = load_checkpoint(checkpoints, policy, optimizer) or {"step": 0, "logged": (0, 0)}
+    run_dir.mkdir(parents=True, exist_ok=True)
+    args_path.write_text(json.dumps(asdict(args), indent=2))
+    state = load_checkpoint(run_dir / "checkpoints", policy, optimizer) or {"step": 0, "logged": (0, 0)}
     for path, size in zip((metrics_path, samples_path), state["logged"], strict=True):
         with open(path, "ab") as file:
             file.truncate(size)
@@ -620,17 +618,16 @@ if __name__ == "__main__":
         if args.track:
             wandb.log(record)
 
-    def score_with(model, prompts, completions, temperature=args.temperature):  # [B, C]
-        return score(model, prompts, completions, pad_id, temperature, args.max_tokens_per_microbatch, args.head_chunk)
+    sizes = {"pad_id": pad_id, "max_tokens": args.max_tokens_per_microbatch, "head_chunk": args.head_chunk}
 
     def reference_score(prompts, completions):  # [B, C]
         with policy.disable_adapter() if args.lora_r else nullcontext():
-            return score_with(reference, prompts, completions)
+            return score(reference, prompts, completions, args.temperature, **sizes)
 
-    def skill_logps(questions, completions, temperature=args.temperature):  # [B, N, C]
+    def skill_logps(questions, completions, temperature):  # [B, N, C]
         prompts = [encode(question, k) for question in questions for k in range(1, skills + 1)]
         repeated = [completion for completion in completions for _ in range(skills)]
-        return score_with(policy, prompts, repeated, temperature).view(len(questions), skills, -1)
+        return score(policy, prompts, repeated, temperature, **sizes).view(len(questions), skills, -1)
 
     def skill_metrics(logps, z, tokens):  # I(y; z | x), whatever form is rewarded
         mask = torch.arange(logps.shape[2]) < torch.tensor(list(map(len, tokens)))[:, None]
@@ -640,10 +637,10 @@ if __name__ == "__main__":
 
     def run_evaluation(step):
         started = time.perf_counter()
-        num_skills, num_samples = (skills, args.eval_samples) if args.skill_prefix else (0, args.max_z * args.eval_samples)
         figures, rows = evaluate(
-            llm, tokenizer, eval_problems, encode, num_skills=num_skills, num_samples=num_samples, seed=args.seed,
-            temperature=args.eval_temperature, max_new_tokens=args.max_new_tokens, answer_mode=args.answer_mode,
+            llm, tokenizer, eval_problems, encode, num_skills=skills if args.skill_prefix else 0,
+            num_samples=args.eval_samples * (1 if args.skill_prefix else args.max_z), temperature=args.eval_temperature,
+            max_new_tokens=args.max_new_tokens, answer_mode=args.answer_mode, seed=args.seed,
         )
         record = {"step": step, **{f"eval/{key}": value for key, value in figures.items()}}
         rows = [row for row in rows if row["arm"] == "distinct" and row["id"] < 50]  # enough for the MI estimate
@@ -692,7 +689,7 @@ if __name__ == "__main__":
         r_mi = r_kl = torch.zeros(len(batch))
         logps_z = None
         if args.alpha_mi or args.mixture_kl_coef:
-            logps_z = skill_logps(questions, tokens)  # [B, N, C]
+            logps_z = skill_logps(questions, tokens, args.temperature)  # [B, N, C]
             r_mi = mi_rewards(logps_z, z, mask, args.mi_form)
             r_mi = r_mi.clamp(-args.mi_clip, args.mi_clip) if args.mi_clip else r_mi
             r_mi = r_mi * correct if args.mi_gate else r_mi
@@ -713,7 +710,7 @@ if __name__ == "__main__":
         # update
         old_logps = ref_logps = None  # with one update a rollout, old is what the first forward pass gives
         if args.update_epochs * args.num_minibatches > 1:
-            old_logps = score_with(policy, prompts, tokens) if logps_z is None else logps_z[torch.arange(len(z)), z]
+            old_logps = score(policy, prompts, tokens, args.temperature, **sizes)
         if args.kl_coef:
             ref_logps = reference_score(prompts, tokens)
         per_token = [x if x is None else x.to(device) for x in (mask, vllm_logps, old_logps, ref_logps)]  # each [B, C]
@@ -724,32 +721,33 @@ if __name__ == "__main__":
             param_group["lr"] = lr
         sums, grad_norms, diff_max = defaultdict(float), [], 0.0
         shuffle = np.random.default_rng([args.seed, step, 1])
-        minibatches = [part for _ in range(args.update_epochs) for part in np.array_split(
-            shuffle.permutation(kept) if args.num_minibatches > 1 else kept, args.num_minibatches)]
-        for minibatch in minibatches:
+        orders = [shuffle.permutation(kept) for _ in range(args.update_epochs)]
+        for minibatch in [part for order in orders for part in np.array_split(order, args.num_minibatches)]:
             used = [i for i in minibatch if not (args.mask_truncated and truncated[i])]
             denominator = {"dapo": int(lengths[used].sum()), "grpo": len(minibatch),
                            "dr_grpo": len(minibatch) * args.max_new_tokens}[args.loss_type]
-            for part in micro_batches([len(prompts[i]) + len(tokens[i]) for i in used], args.max_tokens_per_microbatch):
-                rows = [used[j] for j in part]
+            totals = [len(prompts[i]) + len(tokens[i]) for i in used]
+            for rows in [[used[j] for j in part] for part in micro_batches(totals, args.max_tokens_per_microbatch)]:
                 inputs = pad_batch([prompts[i] for i in rows], [tokens[i] for i in rows], pad_id, device)
                 logps, entropy = token_logprobs(policy, *inputs, args.temperature, args.head_chunk)
                 here, vllm, old, ref = (x if x is None else x[rows, : logps.shape[1]] for x in per_token)
                 old = logps.detach() if old is None else old
                 is_weights = (old - vllm).exp().clamp(max=args.is_cap) if args.is_cap else torch.ones_like(old)
-                loss, part_sums = policy_loss(logps, old, advantages[rows].to(device), here, args.loss_type, args.clip_low,
-                                              args.clip_high, denominator, is_weights, ref, args.kl_coef)
+                loss, part_sums = policy_loss(
+                    logps, old, advantages[rows].to(device), here, args.loss_type, args.clip_low, args.clip_high,
+                    denominator, is_weights, ref, args.kl_coef,
+                )
                 loss.backward()
                 diff = (old - vllm).abs()
                 diff_max = max(diff_max, diff.max().item())
-                part_sums |= {"loss": loss.detach(), "tokens": here.sum(), "entropy": entropy.sum(), "diff": diff.sum(),
-                              "is_weight": (is_weights * here).sum()}
+                part_sums |= {"loss": loss.detach(), "tokens": here.sum(), "entropy": entropy.sum()}
+                part_sums |= {"diff": diff.sum(), "is_weight": (is_weights * here).sum()}
                 for key, value in part_sums.items():
                     sums[key] += value
             if sums["diff"] > args.max_logp_diff * sums["tokens"]:
-                fail(f"trainer and vLLM disagree by {sums['diff'] / sums['tokens']:.3f} nats a token in step {step + 1}, "
-                     "more than --max-logp-diff: stale weights, another temperature or prompt, or a model that changes its "
-                     "logits after the head. The policy was not updated with these samples.")
+                fail(f"trainer and vLLM differ by {sums['diff'] / sums['tokens']:.3f} nats a token in step {step + 1}, "
+                     "over --max-logp-diff: stale weights, another temperature or prompt, or logits changed after the "
+                     "head; the policy was not updated with these samples.")
             if used:
                 grad_norms.append(float(torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm)))
                 optimizer.step()
@@ -772,7 +770,8 @@ if __name__ == "__main__":
             **{f"losses/{k}": mean[k] for k in ("entropy", "kl", "approx_kl", "clip_low", "clip_high") if k in mean},
             "rollout/logp_diff_mean": mean.get("diff", 0.0), "rollout/logp_diff_max": diff_max,
             "rollout/is_weight": mean.get("is_weight", 1.0), "time/sync": t1 - t0, "time/rollout": t3 - t2,
-            "time/grading": t4 - t3, "time/mi_scoring": t5 - t4, "time/forward_backward": t6 - t5, "time/total": seconds,
+            "time/grading": t4 - t3, "time/mi_scoring": t5 - t4, "time/forward_backward": t6 - t5,
+            "time/total": seconds,
             "memory/peak_gb": (torch.cuda.max_memory_allocated() if device.type == "cuda" else rss) / 1e9,
             **{f"skill/accuracy_{k + 1}": correct[z == k].float().mean().item() for k in range(skills)},
         }
@@ -793,18 +792,18 @@ if __name__ == "__main__":
 
         # checkpoint
         if step + 1 == args.num_steps or (args.save_every and (step + 1) % args.save_every == 0) or signals:
-            state = {"step": step + 1, "logged": (os.path.getsize(metrics_path), os.path.getsize(samples_path))}
-            save_checkpoint(checkpoints, policy, optimizer, state, args.keep_last)
+            state = {"step": step + 1, "logged": (metrics_path.stat().st_size, samples_path.stat().st_size)}
+            save_checkpoint(run_dir / "checkpoints", policy, optimizer, state, args.keep_last)
         if signals:
-            print(f"signal {signals[0]}: saved after step {step + 1}; the same command and --run-name {args.run_name} go on.")
+            print(f"signal {signals[0]}: saved after step {step + 1}; --run-name {args.run_name} goes on from there.")
             sys.exit(128 + signals[0])
 
     sync_weights(llm, policy, sleep)
     run_evaluation(args.num_steps)
-    save_final(final_dir, policy, tokenizer, dtype)
-    with open(metrics_path) as file:
-        evaluations = [record for record in map(json.loads, file) if "eval/pass@1" in record]
+    save_final(run_dir / "final", policy, tokenizer, dtype)
+    records = [json.loads(line) for line in metrics_path.read_text().splitlines()]
+    before, *_, after = [record for record in records if "eval/pass@1" in record]
     print(f"\n{'':<28}{'before':>10}{'after':>10}")
-    for key in (key for key in evaluations[-1] if key.startswith(("eval/", "skill/"))):
-        print(f"{key:<28}{evaluations[0][key]:>10.3f}{evaluations[-1][key]:>10.3f}")
-    print(f"model: {final_dir}   metrics: {metrics_path}   samples: {samples_path}")
+    for key in [key for key in after if key.startswith(("eval/", "skill/"))]:
+        print(f"{key:<28}{before[key]:>10.3f}{after[key]:>10.3f}")
+    print(f"model: {run_dir / 'final'}   metrics: {metrics_path}   samples: {samples_path}")

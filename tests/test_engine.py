@@ -55,7 +55,7 @@ def test_trainer_and_engine_agree_after_three_syncs(folder_and_engine, lora_r, t
         sync_weights(llm, policy, sleep=False)
         samples = rollout(llm, long_prompts(policy.config.vocab_size), 3, temperature, 24)
         prompts, tokens = [s["prompt"] for s in samples], [s["tokens"] for s in samples]
-        ours = score(policy, prompts, tokens, 0, temperature, 4096, 64)
+        ours = score(policy, prompts, tokens, temperature, 0, 4096, 64)
         theirs = torch.zeros_like(ours)
         for row, sample in zip(theirs, samples):
             row[: len(sample["logps"])] = torch.tensor(sample["logps"])
@@ -100,10 +100,10 @@ def test_merged_weights_are_the_policy(tmp_path, folder_and_engine):
     plain = load_policy(str(tmp_path / "final"), CPU, 0, 0, True, False)
     assert {n for n, _ in merged_weights(policy)} == set(plain.state_dict())
     prompts, tokens = [[5, 6, 7]], [[8, 9, 10, 11]]
-    expected = score(policy, prompts, tokens, 0, 1.0, 100, 8)
-    torch.testing.assert_close(score(plain, prompts, tokens, 0, 1.0, 100, 8), expected, atol=1e-5, rtol=0)
-    assert (expected - score(load_policy(folder, CPU, 0, 0, True, False), prompts, tokens, 0, 1.0, 100, 8)).abs().max() > 0.01
+    expected = score(policy, prompts, tokens, 1.0, 0, 100, 8)
+    torch.testing.assert_close(score(plain, prompts, tokens, 1.0, 0, 100, 8), expected, atol=1e-5, rtol=0)
+    assert (expected - score(load_policy(folder, CPU, 0, 0, True, False), prompts, tokens, 1.0, 0, 100, 8)).abs().max() > 0.01
     from peft import PeftModel
 
     adapted = PeftModel.from_pretrained(load_policy(folder, CPU, 0, 0, True, False), tmp_path / "final" / "adapter")
-    torch.testing.assert_close(score(adapted, prompts, tokens, 0, 1.0, 100, 8), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(score(adapted, prompts, tokens, 1.0, 0, 100, 8), expected, atol=1e-5, rtol=0)

@@ -55,11 +55,11 @@ def test_entropy():
 
 def test_pad_id_order_and_split_change_nothing():
     model = tiny_model()
-    whole = score(model, PROMPTS, COMPLETIONS, 0, 1.0, 1000, 4)
+    whole = score(model, PROMPTS, COMPLETIONS, 1.0, 0, 1000, 4)
     for pad_id, max_tokens in ((0, 7), (50, 1000), (14, 12), (96, 1)):
-        torch.testing.assert_close(score(model, PROMPTS, COMPLETIONS, pad_id, 1.0, max_tokens, 4), whole, atol=2e-6, rtol=0)
+        torch.testing.assert_close(score(model, PROMPTS, COMPLETIONS, 1.0, pad_id, max_tokens, 4), whole, atol=2e-6, rtol=0)
     order = [2, 0, 3, 1]
-    shuffled = score(model, [PROMPTS[i] for i in order], [COMPLETIONS[i] for i in order], 0, 1.0, 9, 4)
+    shuffled = score(model, [PROMPTS[i] for i in order], [COMPLETIONS[i] for i in order], 1.0, 0, 9, 4)
     torch.testing.assert_close(shuffled, whole[order], atol=2e-6, rtol=0)
 
 
@@ -94,17 +94,17 @@ def test_lora_starts_at_the_base_model_and_reference_is_adapters_off(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path)
     device = torch.device("cpu")
-    base = score(model, PROMPTS, COMPLETIONS, 0, 1.0, 100, 8)
+    base = score(model, PROMPTS, COMPLETIONS, 1.0, 0, 100, 8)
     policy = load_policy(str(tmp_path), device, 4, 8, True, False)
     assert all(p.dtype == torch.float32 for p in policy.parameters() if p.requires_grad)
-    torch.testing.assert_close(score(policy, PROMPTS, COMPLETIONS, 0, 1.0, 100, 8), base)
+    torch.testing.assert_close(score(policy, PROMPTS, COMPLETIONS, 1.0, 0, 100, 8), base)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
-    assert (score(policy, PROMPTS, COMPLETIONS, 0, 1.0, 100, 8) - base).abs().max() > 0.01
+    assert (score(policy, PROMPTS, COMPLETIONS, 1.0, 0, 100, 8) - base).abs().max() > 0.01
     with policy.disable_adapter():
-        torch.testing.assert_close(score(policy, PROMPTS, COMPLETIONS, 0, 1.0, 100, 8), base)
+        torch.testing.assert_close(score(policy, PROMPTS, COMPLETIONS, 1.0, 0, 100, 8), base)
 
 
 def test_bf16_weights_are_scored_in_fp32():
