@@ -3,9 +3,9 @@
     python benchmark/logprob_memory.py
 
 token_logprobs holds logits for head_chunk tokens at a time, so its peak should grow with head_chunk x vocabulary; the
-plain way (`full`) holds [completion tokens, vocabulary] in fp32, several times over. Each line is a process of its own, which
-reports its peak above what it held before the pass: allocated bytes on a GPU, resident bytes without one. The model is
-a two-layer Qwen2 with hidden size 64 and random weights: the head's share is real, the backbone's is not.
+plain way (`full`) holds [completion tokens, vocabulary] in fp32, several times over. Each figure is a process of its
+own, which reports its peak above what it held before the pass: allocated bytes on a GPU, resident bytes without one.
+The model is a two-layer Qwen2 with hidden size 64 and random weights: the head's share is real, the backbone's is not.
 """
 
 import pathlib
@@ -53,7 +53,13 @@ if __name__ == "__main__":
         print(measure(int(sys.argv[1]), int(sys.argv[2])))
         sys.exit()
     sizes, chunks = (256, 512, 1024, 2048), (64, 256, 1024, 0)
-    print(f"{'completion tokens':<20}" + "".join(f"{'chunk ' + str(c) if c else 'full':>14}" for c in chunks) + "   (MB at the peak)")
+    print(
+        f"{'completion tokens':<20}"
+        + "".join(f"{'chunk ' + str(c) if c else 'full':>14}" for c in chunks)
+        + "   (MB at the peak)"
+    )
     for tokens in sizes:
-        peaks = [int(subprocess.check_output([sys.executable, __file__, str(tokens), str(c)], text=True)) for c in chunks]
+        peaks = [
+            int(subprocess.check_output([sys.executable, __file__, str(tokens), str(c)], text=True)) for c in chunks
+        ]
         print(f"{tokens:<20}" + "".join(f"{peak / 1e6:>14,.0f}" for peak in peaks), flush=True)

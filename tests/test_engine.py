@@ -1,7 +1,7 @@
 """The contract with vLLM: after any number of weight syncs, engine and trainer give the same log-probabilities.
 
-A prompt of over 300 tokens and prefix caching on, because stale weights, a stale prefix cache and a stale tied head each
-show only on a prompt that spans several cache blocks.
+A prompt of over 300 tokens and prefix caching on, because stale weights, a stale prefix cache and a stale tied head
+each show only on a prompt that spans several cache blocks.
 """
 
 import pathlib
@@ -24,9 +24,18 @@ def folder_and_engine(request, tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(TOY)
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=request.param, initializer_range=0.1,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=request.param,
+        initializer_range=0.1,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
     )
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -61,7 +70,9 @@ def test_trainer_and_engine_agree_after_three_syncs(folder_and_engine, lora_r, t
             row[: len(sample["logps"])] = torch.tensor(sample["logps"])
         assert (ours - theirs).abs().max() < 1e-4
         seen.append(ours[:, 0])
-    assert (seen[0] - seen[2]).abs().max() > 0.05  # the pushes did change the policy: agreement is not by standing still
+    assert (
+        seen[0] - seen[2]
+    ).abs().max() > 0.05  # the pushes did change the policy: agreement is not by standing still
 
 
 def test_rollout_keeps_order_ends_and_limits(folder_and_engine):
@@ -102,7 +113,9 @@ def test_merged_weights_are_the_policy(tmp_path, folder_and_engine):
     prompts, tokens = [[5, 6, 7]], [[8, 9, 10, 11]]
     expected = score(policy, prompts, tokens, 1.0, 0, 100, 8)
     torch.testing.assert_close(score(plain, prompts, tokens, 1.0, 0, 100, 8), expected, atol=1e-5, rtol=0)
-    assert (expected - score(load_policy(folder, CPU, 0, 0, True, False), prompts, tokens, 1.0, 0, 100, 8)).abs().max() > 0.01
+    assert (
+        expected - score(load_policy(folder, CPU, 0, 0, True, False), prompts, tokens, 1.0, 0, 100, 8)
+    ).abs().max() > 0.01
     from peft import PeftModel
 
     adapted = PeftModel.from_pretrained(load_policy(folder, CPU, 0, 0, True, False), tmp_path / "final" / "adapter")

@@ -79,7 +79,9 @@ def test_datasets(case, capsys, monkeypatch, tmp_path):
 def test_a_local_file_gives_up_its_last_tenth(capsys, monkeypatch, tmp_path):
     """Without --eval-dataset 30 rows leave 26; asking for 27 questions a step says so."""
     path = write(tmp_path / "data.jsonl", *[GOOD] * 30)
-    error = stop_message(capsys, monkeypatch, tmp_path, "--dataset", path, "--eval-dataset", "", "--questions-per-step", 27)
+    error = stop_message(
+        capsys, monkeypatch, tmp_path, "--dataset", path, "--eval-dataset", "", "--questions-per-step", 27
+    )
     assert "leaves 26 training problems" in error
 
 

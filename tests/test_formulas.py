@@ -1,4 +1,4 @@
-"""Advantages, loss and MI reward against hand-computable cases, against TRL's own loss, and against their definitions."""
+"""Advantages, loss and MI reward against hand-computable cases, TRL's own loss, and their definitions."""
 
 import itertools
 import json
@@ -23,14 +23,18 @@ def denominator(loss_type, mask, max_length):
 def test_group_advantages(case):
     rewards = torch.tensor([case["rewards"]], dtype=torch.double)
     for scale, key in (("group", "adv_grpo_ddof1_eps1e_4"), ("none", "adv_dr_grpo_no_std")):
-        torch.testing.assert_close(group_advantages(rewards, scale)[0], torch.tensor(case[key], dtype=torch.double), atol=1e-9, rtol=1e-8)
+        torch.testing.assert_close(
+            group_advantages(rewards, scale)[0], torch.tensor(case[key], dtype=torch.double), atol=1e-9, rtol=1e-8
+        )
 
 
 def test_batch_scaled_advantages():
     case = CASES["batch_std_case"]
     rewards = torch.tensor(case["rewards"], dtype=torch.double)
     for scale, key in (("group", "group_scaled"), ("batch", "batch_scaled_group_mean_eps1e_4")):
-        torch.testing.assert_close(group_advantages(rewards, scale), torch.tensor(case[key], dtype=torch.double), atol=1e-9, rtol=1e-8)
+        torch.testing.assert_close(
+            group_advantages(rewards, scale), torch.tensor(case[key], dtype=torch.double), atol=1e-9, rtol=1e-8
+        )
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
@@ -40,13 +44,23 @@ def test_policy_loss_values_and_gradients(case, loss_type):
     new = torch.tensor(case["new_logps"], dtype=torch.double, requires_grad=True)
     mask = torch.tensor(case["mask"]).bool()
     loss, sums = policy_loss(
-        new, old, advantages, mask, loss_type, case["eps_low"], case["eps_high"],
-        denominator(loss_type, mask, case["max_completion_length"]), ref_logps=ref, kl_coef=case["beta"],
+        new,
+        old,
+        advantages,
+        mask,
+        loss_type,
+        case["eps_low"],
+        case["eps_high"],
+        denominator(loss_type, mask, case["max_completion_length"]),
+        ref_logps=ref,
+        kl_coef=case["beta"],
     )
     loss.backward()
     expected = case["expected"]
     assert loss.item() == pytest.approx(expected["loss"][loss_type], abs=1e-9)
-    torch.testing.assert_close(new.grad, torch.tensor(expected["dloss_dnew_logps"][loss_type], dtype=torch.double), atol=1e-9, rtol=0)
+    torch.testing.assert_close(
+        new.grad, torch.tensor(expected["dloss_dnew_logps"][loss_type], dtype=torch.double), atol=1e-9, rtol=0
+    )
     tokens = mask.sum().item()
     for key, name in (("clip_low", "clip_low_frac"), ("clip_high", "clip_high_frac"), ("kl", "mean_kl_token")):
         assert sums[key].item() / tokens == pytest.approx(expected[name], abs=1e-9)
@@ -60,7 +74,8 @@ def test_micro_batch_shares_add_up(loss_type):
     mask = torch.tensor(case["mask"]).bool()
     whole = denominator(loss_type, mask, case["max_completion_length"])
     shares = [
-        policy_loss(new[r], old[r], advantages[r], mask[r], loss_type, 0.2, 0.2, whole)[0].item() for r in micro["micro_batches"]
+        policy_loss(new[r], old[r], advantages[r], mask[r], loss_type, 0.2, 0.2, whole)[0].item()
+        for r in micro["micro_batches"]
     ]
     assert shares == pytest.approx(micro[f"{loss_type}_micro"], abs=1e-6)
     assert sum(shares) == pytest.approx(micro[f"{loss_type}_total"], abs=1e-6)
@@ -79,25 +94,56 @@ def test_equals_trl(loss_type, seed):
     old, ref, vllm = (new.detach() + 0.4 * torch.randn(rows, columns, dtype=torch.double) for _ in range(3))
     advantages = torch.randn(rows, dtype=torch.double)
     is_weights = (old - vllm).exp().clamp(max=2.0)
-    ours, sums = policy_loss(new, old, advantages, mask, loss_type, 0.2, 0.28, denominator(loss_type, mask, max_length),
-                             is_weights, ref, 0.04)
+    ours, sums = policy_loss(
+        new,
+        old,
+        advantages,
+        mask,
+        loss_type,
+        0.2,
+        0.28,
+        denominator(loss_type, mask, max_length),
+        is_weights,
+        ref,
+        0.04,
+    )
     ours_grad = torch.autograd.grad(ours, new)[0]
 
     config = SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1)
-    accelerator = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x, sync_gradients=True)
+    accelerator = SimpleNamespace(
+        num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x, sync_gradients=True
+    )
     stub = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *args, **kwargs: (new, torch.zeros_like(new), None),
-        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, importance_sampling_level="token",
-        beta=0.04, args=config, loss_type=loss_type, epsilon_low=0.2, epsilon_high=0.28, use_vllm=True,
-        vllm_importance_sampling_correction=True, model=SimpleNamespace(training=True), accelerator=accelerator,
-        current_gradient_accumulation_steps=1, max_completion_length=max_length, _entropy_bonus_enabled=False,
+        aux_loss_enabled=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level="token",
+        beta=0.04,
+        args=config,
+        loss_type=loss_type,
+        epsilon_low=0.2,
+        epsilon_high=0.28,
+        use_vllm=True,
+        vllm_importance_sampling_correction=True,
+        model=SimpleNamespace(training=True),
+        accelerator=accelerator,
+        current_gradient_accumulation_steps=1,
+        max_completion_length=max_length,
+        _entropy_bonus_enabled=False,
         _metrics={"train": defaultdict(list)},
     )
     ids = torch.zeros(rows, columns, dtype=torch.long)
     inputs = {
-        "prompt_ids": ids[:, :2], "prompt_mask": ids[:, :2] + 1, "completion_ids": ids, "completion_mask": mask.long(),
-        "advantages": advantages, "old_per_token_logps": old, "ref_per_token_logps": ref,
-        "importance_sampling_ratio": is_weights, "num_items_in_batch": mask.sum(),
+        "prompt_ids": ids[:, :2],
+        "prompt_mask": ids[:, :2] + 1,
+        "completion_ids": ids,
+        "completion_mask": mask.long(),
+        "advantages": advantages,
+        "old_per_token_logps": old,
+        "ref_per_token_logps": ref,
+        "importance_sampling_ratio": is_weights,
+        "num_items_in_batch": mask.sum(),
     }
     theirs = trainer.GRPOTrainer._compute_loss(stub, None, inputs)
     assert ours.item() == pytest.approx(theirs.item(), abs=1e-12)
@@ -108,7 +154,7 @@ def test_equals_trl(loss_type, seed):
 
 
 def test_on_policy_gradient_is_reinforce():
-    """At ratio 1 the loss is -mean A whatever the log-probabilities are, but its gradient is REINFORCE's, -A / tokens."""
+    """At ratio 1 the loss is -mean A whatever the policy, but its gradient is REINFORCE's, -A / tokens."""
     new = torch.tensor([[-1.0, -2.0], [-3.0, -9.0]], requires_grad=True)
     mask = torch.tensor([[True, True], [True, False]])
     loss, _ = policy_loss(new, new.detach(), torch.tensor([1.0, -2.0]), mask, "dapo", 0.2, 0.2, 3)
@@ -124,7 +170,9 @@ def test_values_behind_the_mask_change_nothing():
     for garbage in (0.0, -500.0, 500.0):
         new = torch.tensor([[-1.0, garbage], [-0.5, -0.2]], requires_grad=True)
         old = torch.tensor([[-1.1, -garbage], [-0.6, -0.1]])
-        loss, _ = policy_loss(new, old, torch.tensor([1.0, -1.0]), mask, "grpo", 0.2, 0.2, 2, ref_logps=old, kl_coef=0.1)
+        loss, _ = policy_loss(
+            new, old, torch.tensor([1.0, -1.0]), mask, "grpo", 0.2, 0.2, 2, ref_logps=old, kl_coef=0.1
+        )
         loss.backward()
         results.append((loss.item(), new.grad.tolist()))
     assert results[0] == results[1] == results[2]
@@ -143,7 +191,7 @@ def random_policy(skills, length, vocabulary, seed=0):
 
 
 def test_mean_of_seq_reward_is_mutual_information():
-    """E over z uniform and y ~ p(.|z) of the seq reward = H(y) - H(y|z), by enumeration; the token form is at least that."""
+    """E over z uniform and y ~ p(.|z) of seq = H(y) - H(y|z), enumerated; the token form is at least that."""
     for seed in range(5):
         _, logps = random_policy(skills=3, length=3, vocabulary=4, seed=seed)
         totals = logps.sum(-1)  # [N, V^T]
@@ -151,9 +199,12 @@ def test_mean_of_seq_reward_is_mutual_information():
         information = -(mixture * mixture.log()).sum() + (totals.exp() * totals).sum(1).mean()
         means = {}
         for form in ("seq", "token", "token_mean"):
-            rewards = torch.stack([
-                mi_rewards(logps.transpose(0, 1), torch.full((64,), z), torch.ones(64, 3).bool(), form) for z in range(3)
-            ])
+            rewards = torch.stack(
+                [
+                    mi_rewards(logps.transpose(0, 1), torch.full((64,), z), torch.ones(64, 3).bool(), form)
+                    for z in range(3)
+                ]
+            )
             means[form] = (totals.exp() * rewards).sum(1).mean()
             if form == "seq":
                 assert rewards.max() <= math.log(3) + 1e-6
@@ -171,9 +222,13 @@ def test_mi_reward_limits():
     for form, most in (("seq", math.log(3)), ("token", 5 * math.log(3)), ("token_mean", math.log(3))):
         torch.testing.assert_close(mi_rewards(same, z, mask, form), torch.zeros(4), atol=1e-6, rtol=0)
         torch.testing.assert_close(mi_rewards(apart, z, mask, form), torch.full((4,), most))
-        torch.testing.assert_close(mi_rewards(apart[:, :1], z * 0, mask, form), torch.zeros(4))  # one skill: nothing to tell
+        torch.testing.assert_close(
+            mi_rewards(apart[:, :1], z * 0, mask, form), torch.zeros(4)
+        )  # one skill: nothing to tell
     one = torch.randn(4, 3, 5)
-    torch.testing.assert_close(mi_rewards(one[..., :1], z, mask[:, :1], "seq"), mi_rewards(one[..., :1], z, mask[:, :1], "token"))
+    torch.testing.assert_close(
+        mi_rewards(one[..., :1], z, mask[:, :1], "seq"), mi_rewards(one[..., :1], z, mask[:, :1], "token")
+    )
 
 
 def test_mi_reward_ignores_padding_and_survives_long_completions():
@@ -193,7 +248,11 @@ def test_theory_bounds():
     """qbar^N (1 - exp(-N/2 pbar qbar I_C)) <= pass@N of distinct skills - pass@N of the mixture <= N sqrt(I_C / 2)."""
     torch.manual_seed(0)
     for skills in (2, 3, 5, 10):
-        p = torch.rand(5000, skills, dtype=torch.double).pow(torch.rand(5000, 1, dtype=torch.double) * 4).clamp(1e-9, 1 - 1e-9)
+        p = (
+            torch.rand(5000, skills, dtype=torch.double)
+            .pow(torch.rand(5000, 1, dtype=torch.double) * 4)
+            .clamp(1e-9, 1 - 1e-9)
+        )
         q, mean_p = 1 - p, p.mean(1)
         mean_q = 1 - mean_p
         gain = mean_q**skills - q.prod(1)

@@ -12,8 +12,17 @@ COMPLETIONS = [[14, 15], [16, 17, 18, 19, 2], [20], [21, 22, 23, 2]]
 
 def tiny_model(tied=False, seed=0):
     torch.manual_seed(seed)
-    config = Qwen2Config(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=tied, initializer_range=0.3)
+    config = Qwen2Config(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,
+    )
     return Qwen2ForCausalLM(config).train()
 
 
@@ -21,7 +30,7 @@ def full_logprobs(model, prompt, completion, temperature):
     """One sequence at a time, all logits at once, log_softmax: logit t - 1 scores token t."""
     ids = torch.tensor([prompt + completion])
     logits = model(input_ids=ids).logits[0].float() / temperature
-    return logits.log_softmax(-1)[torch.arange(len(prompt), ids.shape[1]) - 1, ids[0, len(prompt):]]
+    return logits.log_softmax(-1)[torch.arange(len(prompt), ids.shape[1]) - 1, ids[0, len(prompt) :]]
 
 
 @pytest.mark.parametrize("head_chunk", [1, 3, 1000])
@@ -39,11 +48,13 @@ def test_chunked_equals_full_values_and_gradients(head_chunk, tied, temperature)
     logps, entropy = token_logprobs(model, *pad_batch(PROMPTS, COMPLETIONS, pad_id=0), temperature, head_chunk)
     for row, r in zip(logps, reference):
         torch.testing.assert_close(row[: len(r)], r, atol=2e-6, rtol=1e-5)
-        assert (row[len(r):] == 0).all()
+        assert (row[len(r) :] == 0).all()
     assert not entropy.requires_grad
     (weights * logps).sum().backward()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], atol=2e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            parameter.grad, expected[name], atol=2e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_entropy():
@@ -57,7 +68,9 @@ def test_pad_id_order_and_split_change_nothing():
     model = tiny_model()
     whole = score(model, PROMPTS, COMPLETIONS, 1.0, 0, 1000, 4)
     for pad_id, max_tokens in ((0, 7), (50, 1000), (14, 12), (96, 1)):
-        torch.testing.assert_close(score(model, PROMPTS, COMPLETIONS, 1.0, pad_id, max_tokens, 4), whole, atol=2e-6, rtol=0)
+        torch.testing.assert_close(
+            score(model, PROMPTS, COMPLETIONS, 1.0, pad_id, max_tokens, 4), whole, atol=2e-6, rtol=0
+        )
     order = [2, 0, 3, 1]
     shuffled = score(model, [PROMPTS[i] for i in order], [COMPLETIONS[i] for i in order], 1.0, 0, 9, 4)
     torch.testing.assert_close(shuffled, whole[order], atol=2e-6, rtol=0)
@@ -112,7 +125,11 @@ def test_bf16_weights_are_scored_in_fp32():
     model = tiny_model().bfloat16()
     ids = torch.tensor([[5, 6]])
     total = sum(
-        token_logprobs(model, ids.clone().index_fill_(1, torch.tensor([1]), t), torch.tensor([1]), torch.tensor([1]), 1.0, 8)[0]
-        .exp().item() for t in range(97)
+        token_logprobs(
+            model, ids.clone().index_fill_(1, torch.tensor([1]), t), torch.tensor([1]), torch.tensor([1]), 1.0, 8
+        )[0]
+        .exp()
+        .item()
+        for t in range(97)
     )
     assert total == pytest.approx(1.0, abs=1e-4)

@@ -1,8 +1,8 @@
 """The data and evaluation path on real input: GSM8K's questions through Qwen2.5's tokenizer and vLLM.
 
-The files are looked for in ../shared/data (GSM8K_DIR and QWEN_TOKENIZER_DIR name other places); without them these tests
-skip. The model is a two-layer Qwen2 with random weights and Qwen2.5's vocabulary of 151,936: it can answer nothing, and
-what is tested is that prompts, log-probabilities, sync (with tied embeddings), evaluation and the saved model are right.
+The files are looked for in ../shared/data (GSM8K_DIR and QWEN_TOKENIZER_DIR name other places); without them these
+tests skip. The model is a two-layer Qwen2 with random weights and Qwen2.5's vocabulary of 151,936: it can answer
+nothing; that prompts, log-probabilities, sync (with tied embeddings), evaluation and saved model are right is tested.
 """
 
 import json
@@ -21,34 +21,65 @@ DATA = ROOT.parent / "shared" / "data"
 GSM8K = pathlib.Path(os.environ.get("GSM8K_DIR", DATA / "gsm8k"))
 QWEN = pathlib.Path(os.environ.get("QWEN_TOKENIZER_DIR", DATA / "tokenizer_qwen2.5"))
 pytestmark = pytest.mark.skipif(
-    not (GSM8K / "train.jsonl").exists() or not (QWEN / "tokenizer.json").exists(), reason=f"no GSM8K in {GSM8K} or no tokenizer in {QWEN}"
+    not (GSM8K / "train.jsonl").exists() or not (QWEN / "tokenizer.json").exists(),
+    reason=f"no GSM8K in {GSM8K} or no tokenizer in {QWEN}",
 )
 SYSTEM = "You are a helpful math assistant that solves problems step by step."
 
 
 def test_prompts():
-    """Every question comes through the chat template whole, once, with the generation header on and the prefix in place."""
+    """Every question comes through the chat template whole and once, with generation header and prefix in place."""
     tokenizer = AutoTokenizer.from_pretrained(QWEN)
-    problems = [problem for split in ("train", "test") for problem in load_problems(str(GSM8K / f"{split}.jsonl"), "main", split)]
+    problems = [
+        problem
+        for split in ("train", "test")
+        for problem in load_problems(str(GSM8K / f"{split}.jsonl"), "main", split)
+    ]
     assert len(problems) == 7473 + 1319
     for problem in problems[::40]:
         text = tokenizer.decode(encode_prompt(tokenizer, problem["question"], SYSTEM, "Strategy 3 | "))
-        assert text == (f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nStrategy 3 | {problem['question']}<|im_end|>\n"
-                        "<|im_start|>assistant\n")
+        assert text == (
+            f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nStrategy 3 | {problem['question']}<|im_end|>\n"
+            "<|im_start|>assistant\n"
+        )
 
 
 def test_a_step_on_gsm8k(tmp_path):
     """One step of LoRA training and two evaluations of a tied model with a vocabulary of 151,936."""
     tokenizer = AutoTokenizer.from_pretrained(QWEN)
     torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=151_936, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=1, max_position_embeddings=2048, tie_word_embeddings=True,
-                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
+    config = Qwen2Config(
+        vocab_size=151_936,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
     Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     process = training(
-        "--model-name", tmp_path / "model", "--dataset", GSM8K / "train.jsonl", "--eval-dataset", GSM8K / "test.jsonl",
-        "--system-prompt", SYSTEM, "--num-steps", 1, "--max-new-tokens", 12, "--eval-size", 4, "--output-dir", tmp_path,
+        "--model-name",
+        tmp_path / "model",
+        "--dataset",
+        GSM8K / "train.jsonl",
+        "--eval-dataset",
+        GSM8K / "test.jsonl",
+        "--system-prompt",
+        SYSTEM,
+        "--num-steps",
+        1,
+        "--max-new-tokens",
+        12,
+        "--eval-size",
+        4,
+        "--output-dir",
+        tmp_path,
     )
     output = process.communicate()[0]
     assert process.returncode == 0, output

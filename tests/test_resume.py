@@ -1,16 +1,36 @@
 """Killed and started again equals never killed: weights, metrics and samples, bit for bit (on the CPU)."""
 
 import json
+import os
 import random
+import re
 import signal
 import time
 
 import pytest
-from conftest import training
+from conftest import ROOT, training
 
 NOT_REPEATABLE = ("time/", "memory/", "charts/samples_per_second", "charts/tokens_per_second")
-EVERY_OPTION = ["--kl-coef", 0.01, "--mixture-kl-coef", 0.1, "--num-minibatches", 2, "--update-epochs", 2, "--mask-truncated",
-                "--mi-clip", 1.0, "--mi-gate", "--alpha-warmup-steps", 3, "--group-by", "skill", "--loss-type", "grpo"]
+EVERY_OPTION = [
+    "--kl-coef",
+    0.01,
+    "--mixture-kl-coef",
+    0.1,
+    "--num-minibatches",
+    2,
+    "--update-epochs",
+    2,
+    "--mask-truncated",
+    "--mi-clip",
+    1.0,
+    "--mi-gate",
+    "--alpha-warmup-steps",
+    3,
+    "--group-by",
+    "skill",
+    "--loss-type",
+    "grpo",
+]
 MODES = {"full": ["--lora-r", 0, *EVERY_OPTION], "lora": ["--lora-r", 4]}
 
 
@@ -68,13 +88,17 @@ def test_killed_at_a_random_moment(mode, reference, tmp_path):
 
 def test_sigterm_saves_and_a_damaged_checkpoint_is_passed_over(mode, reference, tmp_path):
     folder = tmp_path / "run"
-    process = training(*mode, "--output-dir", tmp_path, "--save-every", 1)  # may differ: it changes no number
+    wandb = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
+    process = training(
+        *mode, "--output-dir", tmp_path, "--save-every", 1, "--track", env=os.environ | wandb
+    )  # these may differ
     wait_for(process, folder, 2)
     process.send_signal(signal.SIGTERM)
     output = process.communicate()[0]
     assert process.returncode == 128 + signal.SIGTERM, output
     newest = max((folder / "checkpoints").glob("step_*"))
     assert f"saved after step {int(newest.name[5:])}" in output and "--run-name run" in output
+    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     damaged = newest / "training.pt"
     damaged.write_bytes(damaged.read_bytes()[:-100])
     process = training(*mode, "--output-dir", tmp_path, "--save-every", 1)
@@ -94,3 +118,17 @@ def test_finished_and_changed_runs(mode, reference):
     assert "--lr was 0.001 and is 0.002" in process.communicate()[0] and process.returncode == 2
     (reference / "elsewhere").rename(reference / "final")
     assert before == {path: path.read_bytes() for path in reference.rglob("*") if path.is_file()}
+
+
+def test_every_logged_key_stands_in_the_readme(mode, reference):
+    """The README's table and the keys that a run with every option writes are the same list."""
+    if mode != MODES["full"]:
+        pytest.skip("the run with every option writes every key")
+    table = (ROOT / "README.md").read_text().split("### Logged metrics")[1].split("\n## ")[0]
+    documented = {key.replace("\\|", "|") for key in re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)}
+    written = set()
+    for record in map(json.loads, (reference / "metrics.jsonl").read_text().splitlines()):
+        for key in set(record) - {"step", "global_step"}:
+            key = re.sub(r"@(?!1(?:_|$))\d+", "@{k}", key)
+            written.add(re.sub(r"(skill|accuracy)_\d", r"\1_{z}", key))
+    assert written == documented

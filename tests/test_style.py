@@ -1,4 +1,4 @@
-"""Single-file rules: no drift between copies, no script imports another, light imports, documented arguments and keys."""
+"""Single-file rules: no drift between copies, no script imports another, light imports, documented arguments."""
 
 import ast
 import importlib
@@ -49,13 +49,16 @@ def test_imports(path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_import_is_light(name):
-    code = f"import sys, {name}; print([m for m in ('vllm', 'wandb', 'faiss', 'transformers', 'datasets') if m in sys.modules])"
+    heavy = ("vllm", "wandb", "faiss", "transformers", "datasets")
+    code = f"import sys, {name}; print([module for module in {heavy} if module in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "[]"
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=NAMES)
 def test_every_argument_has_a_docstring(path):
-    args = next(node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    args = next(
+        node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef) and node.name == "Args"
+    )
     for field, following in zip(args.body, [*args.body[1:], None], strict=True):
         if isinstance(field, ast.AnnAssign):
             documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
@@ -88,8 +91,16 @@ def test_readme_commands_parse():
 def test_nothing_of_a_model_is_evaluated():
     """No eval, exec or pickle anywhere near what a model or a dataset says."""
     for path in SCRIPTS:
-        names = [t.string for t in tokenize.generate_tokens(io.StringIO(path.read_text()).readline) if t.type == tokenize.NAME]
+        names = [
+            t.string
+            for t in tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
+            if t.type == tokenize.NAME
+        ]
         assert not {"exec", "pickle", "__import__"} & set(names)
-        calls = [n.func.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+        calls = [
+            n.func.id
+            for n in ast.walk(ast.parse(path.read_text()))
+            if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+        ]
         assert "eval" not in calls
         assert path.read_text().count("torch.load(") == path.read_text().count("weights_only=True")
