@@ -84,7 +84,7 @@ def test_readme_commands_parse():
     commands = re.findall(r"^(?:.*&& )?python (\w+)\.py(.*)$", "\n".join(blocks).replace("\\\n", " "), re.MULTILINE)
     assert len(commands) >= 4
     for name, arguments in commands:
-        if name in NAMES:
+        if name in NAMES and "--help" not in arguments:
             tyro.cli(importlib.import_module(name).Args, args=shlex.split(arguments.split("&&")[0], comments=True))
 
 
