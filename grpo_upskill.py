@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # engine and trainer live in this one process
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engine and trainer live in this one process
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from eval_gsm8k import evaluate, extract_answer, fail, is_correct, load_problems
+from eval_gsm8k import encode_prompt, evaluate, extract_answer, fail, is_correct, load_problems
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Args:
     mi_clip: float = 0.0
     """clip the MI reward to [-mi_clip, mi_clip] nats; 0: no clipping"""
     mi_gate: bool = False
-    """give the MI reward to correct completions only, against skills that are distinct and wrong"""
+    """MI reward for correct completions only, and never below 0: no reward for being distinct and wrong"""
     alpha_warmup_steps: int = 0
     """raise alpha_mi linearly from 0 over this many steps"""
     mixture_kl_coef: float = 0.0
@@ -105,7 +105,7 @@ class Args:
     skill_prefix: str = "Strategy {z} | "
     """text before the question, {z} the skill's number; "" is the control without skills (needs --alpha-mi 0)"""
     group_by: Literal["question", "skill"] = "question"
-    """what is compared: all completions of a question, or only those with the same z"""
+    """the group whose mean reward is the baseline: all completions of a question, or those with the same z"""
     shuffle_rewards: bool = False
     """negative control: permute the rewards of a step, so that nothing can be learned"""
     # loss
@@ -120,11 +120,11 @@ class Args:
     kl_coef: float = 0.0
     """weight of the k3 estimate of KL(policy || start) in the loss; the paper's runs used 0.04"""
     is_cap: float = 2.0
-    """truncated importance sampling: weight min(p_trainer / p_vllm, is_cap) a token; 0: no correction"""
+    """truncated importance sampling: weight min(p_trainer / p_vllm, is_cap) per token; 0: no correction"""
     mask_truncated: bool = False
     """leave completions that hit max_new_tokens out of the loss"""
     drop_zero_variance: bool = True
-    """leave groups whose rewards are all equal out of the loss and its denominator"""
+    """leave groups whose rewards are all equal out of the loss (its KL term too) and of its denominator"""
     # optimizer
     lr: float = 3e-5
     """peak learning rate; 3e-5 with alpha_mi 5 and 1e-5 with alpha_mi 1 in the paper's figures, both with LoRA"""
@@ -148,7 +148,7 @@ class Args:
     gradient_checkpointing: bool = True
     """recompute activations in the backward pass (GPU only)"""
     gpu_memory_utilization: float = 0.4
-    """share of the GPU's memory (without a GPU: of RAM) that vLLM may take, weights and KV cache"""
+    """share of the GPU's memory that vLLM may take, weights and KV cache (without a GPU it takes 1 GiB)"""
     vllm_sleep: bool = True
     """give vLLM's memory back while training (GPU only)"""
     enforce_eager: bool = False
@@ -170,21 +170,7 @@ class Args:
     """checkpoints kept"""
 
 
-# ---- Data and prompt -------------------------------------------------------------------------------------------------
-
-def encode_prompt(tokenizer, question: str, system_prompt: str, prefix: str = "") -> list[int]:
-    """Token ids of the chat-templated prompt with the generation header on; `prefix` goes before the question.
-
-    The one place where a prompt becomes ids: rollout, scoring and evaluation all use these ids, so no text is ever
-    tokenised twice and no second BOS can slip in. An empty system prompt means no system message.
-    """
-    messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    messages.append({"role": "user", "content": prefix + question})
-    return tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
-
-
 # ---- Reward ----------------------------------------------------------------------------------------------------------
-
 def mi_rewards(logps: torch.Tensor, z: torch.Tensor, mask: torch.Tensor, form: str) -> torch.Tensor:
     """Mutual-information reward of each completion, in nats.
 
@@ -196,52 +182,45 @@ def mi_rewards(logps: torch.Tensor, z: torch.Tensor, mask: torch.Tensor, form: s
     token_mean   token / T
     """
     logps = logps.double().masked_fill(~mask[:, None], 0.0)
-    own = torch.arange(len(z), device=z.device)
-    if form == "seq":
-        totals = logps.sum(-1)  # [B, N]
-        return (totals[own, z] - totals.logsumexp(1) + math.log(totals.shape[1])).float()
-    per_token = logps[own, z] - logps.logsumexp(1) + math.log(logps.shape[1])  # [B, T]
-    rewards = per_token.masked_fill(~mask, 0.0).sum(-1)
+    logps = logps.sum(-1, keepdim=True) if form == "seq" else logps  # seq: the whole completion as one token
+    own = logps[torch.arange(len(z), device=z.device), z]  # [B, T]
+    rewards = (own - logps.logsumexp(1) + math.log(logps.shape[1])).sum(-1)
     return (rewards / mask.sum(-1).clamp(min=1) if form == "token_mean" else rewards).float()
 
 
 # ---- Policy and log-probabilities ------------------------------------------------------------------------------------
+def load_policy(args, device, dtype, lora_r: int):
+    """The model args.model_name with weights in `dtype`, and LoRA adapters of rank lora_r, in fp32, unless that is 0.
 
-def load_policy(model_name: str, device, lora_r: int, lora_alpha: int, gradient_checkpointing: bool, remote_code: bool):
-    """The model to train: all weights in fp32, or LoRA adapters in fp32 on a frozen base (bf16 on a GPU).
-
-    fp32 because an update of 1e-6 is lost when added to a bf16 weight. Dropout is off: the probabilities that are
-    trained must be those that were sampled.
+    Weights that are trained belong in fp32: an update of 1e-6 is lost when added to a bf16 weight. Dropout is off: the
+    probabilities that are trained must be those that were sampled.
     """
     from transformers import AutoModelForCausalLM
-
-    dtype = torch.bfloat16 if lora_r and device.type == "cuda" else torch.float32
-    policy = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype, trust_remote_code=remote_code).to(device)
-    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(policy.config, name, None) not in (None, 1):
-            fail(f"{model_name} sets {name}: its logits change after the head, which token_logprobs does not do.")
+    policy = AutoModelForCausalLM.from_pretrained(
+        args.model_name, dtype=dtype, use_safetensors=True, trust_remote_code=args.trust_remote_code).to(device)
+    for name in ("final_logit_softcapping", "logits_soft_cap", "logits_scaling", "logit_scale"):
+        if getattr(policy.config.get_text_config(), name, None) not in (None, 1):
+            fail(f"{args.model_name} sets {name}: its logits change after the head, which token_logprobs does not do.")
     for module in policy.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
-    if gradient_checkpointing and device.type == "cuda":
+    if args.gradient_checkpointing and device.type == "cuda":
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if lora_r:
         from peft import LoraConfig, get_peft_model
-
-        lora = LoraConfig(r=lora_r, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+        lora = LoraConfig(r=lora_r, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
         policy = get_peft_model(policy, lora)
     return policy.train()
 
 
 def token_logprobs(policy, ids, prompt_lens, completion_lens, temperature: float, head_chunk: int):
-    """Log-probability and entropy of every completion token, without ever holding [B, T, vocabulary].
+    """Log-probability and entropy of every completion token in nats, [B, C] fp32 each, 0 after a completion's end.
 
-    ids [B, T]: prompt + completion, right-padded (attention is causal, so pads to the right change nothing and no mask
-    is needed); prompt_lens, completion_lens [B]. Returns logps and entropy, both [B, C] fp32 in nats, C the longest
-    completion, 0 after a completion's end. Only positions that predict a completion token reach the head, head_chunk at
-    a time, and the backward pass recomputes their logits: the peak is a few times head_chunk x vocabulary.
+    ids [B, T]: prompt + completion, right-padded (attention is causal: pads to the right change nothing, and no mask is
+    needed); prompt_lens, completion_lens [B]. Only positions that predict a completion token reach the head, head_chunk
+    at a time, and the backward pass recomputes their logits: there never is a [B, T, vocabulary].
     """
     position = torch.arange(ids.shape[1] - 1, device=ids.device)
     predicts = (position >= prompt_lens[:, None] - 1) & (position < (prompt_lens + completion_lens)[:, None] - 1)
@@ -258,10 +237,7 @@ def token_logprobs(policy, ids, prompt_lens, completion_lens, temperature: float
     with torch.autocast("cuda", torch.bfloat16) if ids.device.type == "cuda" else nullcontext():
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][predicts]  # [n, H]
         chunks = zip(hidden.split(head_chunk), ids[:, 1:][predicts].split(head_chunk), strict=True)
-        if torch.is_grad_enabled():
-            parts = [checkpoint(head_logps, *chunk, use_reentrant=False) for chunk in chunks]
-        else:
-            parts = [head_logps(*chunk) for chunk in chunks]
+        parts = [checkpoint(head_logps, *chunk, use_reentrant=False) for chunk in chunks]
     mask = torch.arange(int(completion_lens.max()), device=ids.device) < completion_lens[:, None]  # [B, C]
     zeros = torch.zeros(mask.shape, device=ids.device)
     logps, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -281,23 +257,17 @@ def score(policy, prompts, completions, temperature: float, pad_id: int, max_tok
 
 
 # ---- Advantages and loss ---------------------------------------------------------------------------------------------
-
 def group_advantages(rewards: torch.Tensor, scale: str, eps: float = 1e-4) -> torch.Tensor:
-    """Rewards [groups, G] minus their group's mean, over the group's or the whole batch's standard deviation, or as is.
+    """A = (r - mean of the group) / (std + eps) of rewards [groups, G], sample std of the group or of the whole batch.
 
-    A = (r - mean) / (std + eps) with the sample standard deviation (GRPO, DeepSeekMath section 4.1; eps as TRL);
-    scale "none" is Dr. GRPO.
+    DeepSeekMath section 4.1, eps as in TRL; scale "none" leaves the division out (Dr. GRPO).
     """
-    centred = rewards - rewards.mean(1, keepdim=True)
-    if scale == "group":
-        return centred / (rewards.std(1, keepdim=True) + eps)
-    if scale == "batch":
-        return centred / (rewards.std() + eps)
-    return centred
+    spread = {"group": rewards.std(1, keepdim=True) + eps, "batch": rewards.std() + eps, "none": 1.0}[scale]
+    return (rewards - rewards.mean(1, keepdim=True)) / spread
 
 
 def policy_loss(logps, old_logps, advantages, mask, loss_type: str, clip_low: float, clip_high: float, denominator,
-                is_weights=None, ref_logps=None, kl_coef: float = 0.0):
+                is_weights=1.0, ref_logps=None, kl_coef: float = 0.0):
     """The micro-batch's share of the step's loss, and sums over its tokens for the log.
 
     logps, old_logps, is_weights, ref_logps, mask [B, C]; advantages [B]. `denominator` belongs to the whole optimizer
@@ -311,9 +281,8 @@ def policy_loss(logps, old_logps, advantages, mask, loss_type: str, clip_low: fl
     advantages = advantages[:, None]
     log_ratio = (logps - old_logps).masked_fill(~mask, 0.0)
     ratio = log_ratio.exp()
-    per_token = -torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)  # [B, C]
-    if is_weights is not None:
-        per_token = per_token * is_weights
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    per_token = -is_weights * torch.min(ratio * advantages, clipped * advantages)  # [B, C]
     sums = {}
     if ref_logps is not None:
         log_ref = (ref_logps - logps).masked_fill(~mask, 0.0)
@@ -331,9 +300,7 @@ def policy_loss(logps, old_logps, advantages, mask, loss_type: str, clip_low: fl
 
 
 # ---- vLLM ------------------------------------------------------------------------------------------------------------
-
-def make_engine(model_name: str, device, max_model_len: int, seed: int, gpu_memory_utilization: float, eager: bool,
-                sleep: bool, remote_code: bool):
+def make_engine(args, device, max_model_len: int):
     """A vLLM engine in this process, with random weights until the first `sync_weights`.
 
     Call it before seeding (it reseeds python, numpy and torch) and before loading the policy (it measures free memory).
@@ -345,35 +312,33 @@ def make_engine(model_name: str, device, max_model_len: int, seed: int, gpu_memo
         fail(f"vllm does not import ({error}); install requirements.txt, or without a GPU tests/requirements-cpu.txt.")
     if device.type == "cpu" and not current_platform.is_cpu():
         fail("no GPU is visible and this vllm is no CPU build; use a GPU, or install tests/requirements-cpu.txt.")
-    cpu = {  # the KV cache is not sized by what RAM happens to be free; a tied head would stay stale after a reload
-        "enforce_eager": True, "kv_cache_memory_bytes": 2**30, "hf_overrides": {"tie_word_embeddings": False},
-    }
-    gpu = {"enforce_eager": eager, "gpu_memory_utilization": gpu_memory_utilization, "enable_sleep_mode": sleep}
-    return LLM(
-        model=model_name, load_format="dummy", max_model_len=max_model_len, seed=seed, trust_remote_code=remote_code,
-        dtype="bfloat16" if device.type == "cuda" else "float32",  # "auto" would read fp32 checkpoints as fp16
-        logprobs_mode="processed_logprobs",  # log_softmax(logits / temperature), what the trainer computes
-        **(gpu if device.type == "cuda" else cpu),
-    )
+    options = {"gpu_memory_utilization": args.gpu_memory_utilization, "enforce_eager": args.enforce_eager,
+               "enable_sleep_mode": args.vllm_sleep, "dtype": "bfloat16"}  # "auto" reads fp32 checkpoints as fp16
+    if device.type == "cpu":  # KV cache not sized by free RAM; a tied head, which this build would not reload, untied
+        options = {"kv_cache_memory_bytes": 2**30, "enforce_eager": True, "dtype": "float32",
+                   "hf_overrides": {"tie_word_embeddings": False}}
+    try:
+        return LLM(model=args.model_name, load_format="dummy", max_model_len=max_model_len, seed=args.seed,
+                   trust_remote_code=args.trust_remote_code, logprobs_mode="processed_logprobs", **options)
+    except Exception as error:  # memory and configuration errors have no common base class
+        fail(f"vLLM did not start with {args.model_name} ({' '.join(str(error).split())[:300]}).")
 
 
 def rollout(llm, prompts: list[list[int]], n: int, temperature: float, max_new_tokens: int) -> list[dict]:
-    """n completions of each prompt: [{"prompt", "tokens", "logps", "finish_reason"}], the n of a prompt side by side.
+    """n completions of each prompt: [{"tokens", "logps", "finish_reason"}], the n of a prompt side by side.
 
     `logps` are vLLM's log-probabilities of the sampled tokens. Sampling is from the full distribution (no top-p, no
     top-k), because that is what the loss differentiates. A completion that ended by itself keeps its end token.
     """
     from vllm import SamplingParams
-
     sampling = SamplingParams(n=n, temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_new_tokens, logprobs=0,
                               detokenize=False)
     results = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
     samples = []
-    for prompt, result in zip(prompts, results, strict=True):
-        for output in result.outputs:
-            tokens = list(output.token_ids)
-            logps = [entry[token].logprob for entry, token in zip(output.logprobs, tokens, strict=True)]
-            samples.append({"prompt": prompt, "tokens": tokens, "logps": logps, "finish_reason": output.finish_reason})
+    for output in [output for result in results for output in result.outputs]:
+        tokens = list(output.token_ids)
+        logps = [entry[token].logprob for entry, token in zip(output.logprobs, tokens, strict=True)]
+        samples.append({"tokens": tokens, "logps": logps, "finish_reason": output.finish_reason})
     return samples
 
 
@@ -381,25 +346,22 @@ def merged_weights(policy):
     """(name, tensor) of every weight under its Hugging Face name; LoRA layers as W + (alpha / r) B A, formed in fp32.
 
     One layer at a time into a temporary: the policy is never merged and unmerged in place, which would drift in bf16.
+    What the engine makes of it is rounded to its dtype: in bf16, entries of B A below half a step of W vanish there.
     """
     model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
     for name, weight in model.state_dict().items():
-        if ".lora_" in name:
-            continue
         if ".base_layer." in name:
-            layer = model.get_submodule(name.split(".base_layer.")[0])
-            name = name.replace(".base_layer.", ".")
+            layer, name = model.get_submodule(name.split(".base_layer.")[0]), name.replace(".base_layer.", ".")
             if name.endswith(".weight"):
-                lora_a, lora_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-                weight = weight.float() + layer.scaling["default"] * (lora_b.float() @ lora_a.float())
-        yield name, weight
+                weight = weight.float() + layer.get_delta_weight("default")  # (alpha / r) B A
+        if ".lora_" not in name:
+            yield name, weight
 
 
 @torch.no_grad()
 def sync_weights(llm, policy, sleep: bool):
     """Wake the engine, push the policy's weights into it, drop cached prefixes, which hold the old weights' keys."""
     if sleep:
-        torch.cuda.empty_cache()
         llm.wake_up(["weights"])
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": merged_weights(policy)})
     if sleep:
@@ -409,7 +371,6 @@ def sync_weights(llm, policy, sleep: bool):
 
 
 # ---- Micro-batches ---------------------------------------------------------------------------------------------------
-
 def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
     """Indices in batches of similar length, longest first, rows x longest row <= max_tokens (but at least one row)."""
     batches = []
@@ -432,14 +393,12 @@ def pad_batch(prompts, completions, pad_id: int, device=None):
 
 
 # ---- Checkpoint ------------------------------------------------------------------------------------------------------
-
 def save_checkpoint(folder: Path, policy, optimizer, state: dict, keep_last: int):
-    """Write folder/step_<n> whole or not at all: into a temporary folder, flushed to disk, then renamed.
+    """Write trained weights, optimizer, random generators and `state` (plain values) to folder/step_<state["step"]>.
 
-    `state` holds plain values (its "step" names the folder); with it go trained weights, optimizer, random generators.
+    Whole or not at all: into a temporary folder, flushed to disk, then renamed.
     """
     from safetensors.torch import save_file
-
     final, temporary = folder / f"step_{state['step']:06d}", folder / "unfinished"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -460,12 +419,8 @@ def save_checkpoint(folder: Path, policy, optimizer, state: dict, keep_last: int
 
 
 def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
-    """Restore the newest readable checkpoint under `folder` in place and return its `state`; None if there is none.
-
-    A damaged one is reported and passed over for the one before it.
-    """
+    """Restore the newest undamaged checkpoint under `folder` in place; return its `state`, None if there is none."""
     from safetensors.torch import load_file
-
     for path in sorted(folder.glob("step_*"), reverse=True):
         try:
             weights = load_file(path / "policy.safetensors")
@@ -491,7 +446,6 @@ def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
 def save_final(folder: Path, policy, tokenizer, dtype):
     """A plain Hugging Face model folder (LoRA merged, its adapter under adapter/), complete as soon as it exists."""
     from huggingface_hub import save_torch_state_dict
-
     temporary = folder.with_suffix(".unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -500,8 +454,9 @@ def save_final(folder: Path, policy, tokenizer, dtype):
     weights = {n: w.detach().to("cpu", dtype).contiguous() for n, w in merged_weights(policy) if n not in tied}
     save_torch_state_dict(weights, temporary)
     model.config.dtype = dtype
-    for part in (model.config, model.generation_config, tokenizer):
-        part.save_pretrained(temporary)
+    model.config.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    (temporary / "generation_config.json").write_text(model.generation_config.to_json_string())  # as is, not validated
     if policy is not model:
         policy.save_pretrained(temporary / "adapter")
     temporary.rename(folder)
@@ -512,20 +467,18 @@ if __name__ == "__main__":
     import tyro
     from tqdm import tqdm
     from transformers import AutoConfig, AutoTokenizer
-
     args = tyro.cli(Args, description=__doc__)
-    skills = args.max_z if args.skill_prefix else 1  # N
-    copies = args.group_size // max(1, skills)  # completions of one (question, z)
+    num_skills = args.max_z if args.skill_prefix else 1  # N
+    copies = args.group_size // max(1, num_skills)  # completions of one (question, z)
     positive = ("num_steps", "questions_per_step", "max_new_tokens", "max_z", "update_epochs", "num_minibatches",
                 "max_tokens_per_microbatch", "head_chunk", "eval_samples", "keep_last", "temperature")
     for name, value in asdict(args).items():
         if isinstance(value, (int, float)) and not (value > 0 if name in positive else value >= 0):
-            bound = "above 0" if name in positive else "at least 0"
-            fail(f"--{name.replace('_', '-')} is {value}; it must be {bound}.")
-    if args.group_size < 2 or args.group_size % skills:
-        fail(f"--group-size {args.group_size} must be a multiple of the {skills} skills, and at least 2.")
+            fail(f"--{name.replace('_', '-')} is {value}; it must be {'over' if name in positive else 'at least'} 0.")
+    if args.group_size < 2 or args.group_size % num_skills:
+        fail(f"--group-size {args.group_size} must be a multiple of the {num_skills} skills, and at least 2.")
     if args.group_by == "skill" and copies < 2:
-        fail(f"--group-by skill compares completions of one z; --group-size must be at least {2 * skills}.")
+        fail(f"--group-by skill compares completions of one z; --group-size must be at least {2 * num_skills}.")
     if args.skill_prefix and "{z}" not in args.skill_prefix:
         fail(f"--skill-prefix {args.skill_prefix!r} has no {{z}} in it, so that all skills would get the same prompt.")
     if not args.skill_prefix and (args.alpha_mi or args.mixture_kl_coef):
@@ -536,8 +489,8 @@ if __name__ == "__main__":
     if args.eval_dataset or not os.path.exists(args.dataset):
         eval_problems = load_problems(args.eval_dataset or args.dataset, args.dataset_config, "test")
     else:
-        held_out = len(problems) // 10 + 1
-        problems, eval_problems = problems[:-held_out], problems[-held_out:]
+        cut = len(problems) - len(problems) // 10 - 1
+        problems, eval_problems = problems[:cut], problems[cut:]
     eval_problems = eval_problems[: args.eval_size or None]
     if len(problems) < args.questions_per_step:
         fail(f"{args.dataset} leaves {len(problems)} training problems, fewer than --questions-per-step; add rows.")
@@ -545,8 +498,7 @@ if __name__ == "__main__":
         config = AutoConfig.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # hub, file and parser errors have no common base class
-        reason = " ".join(str(error).split())[:200]
-        fail(f"model {args.model_name} did not load; give a hub id or a model folder ({reason}).")
+        fail(f"model {args.model_name} did not load; give a hub id or a folder ({' '.join(str(error).split())[:200]}).")
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {args.model_name} has no chat template or no EOS token; use an instruct model.")
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -556,16 +508,16 @@ if __name__ == "__main__":
         prefix = args.skill_prefix.replace("{z}", str(z)) if z is not None else ""
         return encode_prompt(tokenizer, question, args.system_prompt, prefix)
 
-    longest = max((row["question"] for row in problems + eval_problems), key=lambda q: len(encode(q, skills)))
-    max_model_len = len(encode(longest, skills)) + args.max_new_tokens
-    if max_model_len > getattr(config, "max_position_embeddings", max_model_len):
+    longest = max((row["question"] for row in problems + eval_problems), key=lambda q: len(encode(q, num_skills)))
+    max_model_len = len(encode(longest, num_skills)) + args.max_new_tokens
+    context = getattr(config.get_text_config(), "max_position_embeddings", max_model_len)
+    if max_model_len > context:
         fail(f"the prompt of {longest[:60]!r}... and --max-new-tokens make {max_model_len} tokens, {args.model_name} "
-             f"takes only {config.max_position_embeddings}; lower --max-new-tokens or remove the row.")
+             f"takes only {context}; lower --max-new-tokens or remove the row.")
 
     # run folder: the same --run-name goes on where it stopped, with the same arguments or not at all
-    name = f"{Path(__file__).stem}__{Path(args.model_name).absolute().name}__{args.seed}"
-    args.run_name = args.run_name or f"{name}__{int(time.time())}"
-    run_dir = Path(args.output_dir) / args.run_name
+    default = f"{Path(__file__).stem}__{Path(args.model_name).name}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.output_dir) / (args.run_name or default)
     args_path, metrics_path, samples_path = (run_dir / name for name in ("args.json", "metrics.jsonl", "samples.jsonl"))
     if (run_dir / "final").is_dir():
         print(f"{run_dir} is complete, its model is in {run_dir / 'final'}; another --run-name starts a new run.")
@@ -573,7 +525,7 @@ if __name__ == "__main__":
     if args_path.exists():
         before = json.loads(args_path.read_text())
         changed = [f"--{k.replace('_', '-')} was {before.get(k)!r} and is {v!r}" for k, v in asdict(args).items()
-                   if k not in ("output_dir", "track", "save_every", "keep_last") and before.get(k) != v]
+                   if k not in ("run_name", "output_dir", "track", "save_every", "keep_last") and before.get(k) != v]
         if changed:
             fail(f"{run_dir} was started with other arguments: {', '.join(changed)}; give those or another --run-name.")
     elif run_dir.is_dir() and any(run_dir.iterdir()):
@@ -583,23 +535,23 @@ if __name__ == "__main__":
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     sleep = args.vllm_sleep and device.type == "cuda"
-    llm = make_engine(args.model_name, device, max_model_len, args.seed, args.gpu_memory_utilization,
-                      args.enforce_eager, sleep, args.trust_remote_code)
+    llm = make_engine(args, device, max_model_len)
     if sleep:
-        llm.sleep(level=2)
+        llm.sleep(level=2)  # drops the weights; sync_weights sends them again
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
         set_seed(args.seed)
-    policy = load_policy(args.model_name, device, args.lora_r, args.lora_alpha, args.gradient_checkpointing,
-                         args.trust_remote_code)
+    policy = load_policy(args, device, dtype if args.lora_r else torch.float32, args.lora_r)
     reference = policy  # LoRA: the same model with its adapters off
     if not args.lora_r and (args.kl_coef or args.mixture_kl_coef):
-        reference = load_policy(args.model_name, device, 0, 0, False, args.trust_remote_code).to(dtype)
+        reference = load_policy(args, device, dtype, 0)
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True)
 
     # resume: what was logged after the checkpoint is cut off and done again
     run_dir.mkdir(parents=True, exist_ok=True)
-    args_path.write_text(json.dumps(asdict(args), indent=2))
+    if not args_path.exists():
+        (run_dir / "args.tmp").write_text(json.dumps(asdict(args), indent=2))
+        (run_dir / "args.tmp").rename(args_path)
     state = load_checkpoint(run_dir / "checkpoints", policy, optimizer) or {"step": 0, "logged": (0, 0)}
     for path, size in zip((metrics_path, samples_path), state["logged"], strict=True):
         with open(path, "ab") as file:
@@ -609,8 +561,8 @@ if __name__ == "__main__":
         signal.signal(number, lambda number, frame: signals.append(number))
     if args.track:
         import wandb
-
-        wandb.init(name=args.run_name, id=args.run_name, resume="allow", config=asdict(args))
+        wandb.init(name=run_dir.name, id=run_dir.name, resume="allow", config=asdict(args))
+        wandb.define_metric("*", step_metric="step")
 
     def log(record):
         with open(metrics_path, "a") as file:
@@ -625,29 +577,27 @@ if __name__ == "__main__":
             return score(reference, prompts, completions, args.temperature, **sizes)
 
     def skill_logps(questions, completions, temperature):  # [B, N, C]
-        prompts = [encode(question, k) for question in questions for k in range(1, skills + 1)]
-        repeated = [completion for completion in completions for _ in range(skills)]
-        return score(policy, prompts, repeated, temperature, **sizes).view(len(questions), skills, -1)
+        prompts = [encode(question, k) for question in questions for k in range(1, num_skills + 1)]
+        repeated = [completion for completion in completions for _ in range(num_skills)]
+        return score(policy, prompts, repeated, temperature, **sizes).view(len(questions), num_skills, -1)
 
-    def skill_metrics(logps, z, tokens):  # I(y; z | x), whatever form is rewarded
-        mask = torch.arange(logps.shape[2]) < torch.tensor(list(map(len, tokens)))[:, None]
-        mi = mi_rewards(logps, z, mask, "seq").mean().item()
+    def skill_metrics(logps, z):  # I(y; z | x), whatever form is rewarded; behind a completion's end logps are 0
+        mi = mi_rewards(logps, z, torch.ones_like(logps[:, 0]).bool(), "seq").mean().item()
         decoded = (logps.sum(-1).argmax(1) == z).float().mean().item()
-        return {"mi": mi, "mi_over_ln_n": mi / math.log(max(2, skills)), "z_decoded": decoded}
+        return {"mi": mi, "mi_over_ln_n": mi / math.log(max(2, num_skills)), "z_decoded": decoded}
 
     def run_evaluation(step):
         started = time.perf_counter()
         figures, rows = evaluate(
-            llm, tokenizer, eval_problems, encode, num_skills=skills if args.skill_prefix else 0,
+            llm, tokenizer, eval_problems, encode, num_skills=num_skills if args.skill_prefix else 0,
             num_samples=args.eval_samples * (1 if args.skill_prefix else args.max_z), temperature=args.eval_temperature,
             max_new_tokens=args.max_new_tokens, answer_mode=args.answer_mode, seed=args.seed,
         )
         record = {"step": step, **{f"eval/{key}": value for key, value in figures.items()}}
-        rows = [row for row in rows if row["arm"] == "distinct" and row["id"] < 50]  # enough for the MI estimate
-        if rows:
-            tokens = [row["token_ids"] for row in rows]
-            logps = skill_logps([row["question"] for row in rows], tokens, args.eval_temperature or 1.0)
-            measured = skill_metrics(logps, torch.tensor([row["z"] - 1 for row in rows]), tokens)
+        if rows := [row for row in rows if row["arm"] == "distinct" and row["id"] < 50]:  # enough to estimate MI
+            asked, answered = [row["question"] for row in rows], [row["token_ids"] for row in rows]
+            logps = skill_logps(asked, answered, args.eval_temperature or 1.0)
+            measured = skill_metrics(logps, torch.tensor([row["z"] - 1 for row in rows]))
             record |= {f"skill/eval_{key}": value for key, value in measured.items()}
         log(record | {"time/eval": time.perf_counter() - started})
 
@@ -666,7 +616,7 @@ if __name__ == "__main__":
         chosen = order[position * args.questions_per_step :][: args.questions_per_step]
         batch = [problems[i] for i in chosen for _ in range(args.group_size)]
         questions = [problem["question"] for problem in batch]
-        z = torch.arange(skills).repeat_interleave(copies).repeat(args.questions_per_step)  # [B], 0..N-1
+        z = torch.arange(num_skills).repeat_interleave(copies).repeat(args.questions_per_step)  # [B], 0..N-1
         prompts = [encode(question, k + 1) for question, k in zip(questions, z.tolist(), strict=True)]
         samples = rollout(llm, prompts[::copies], copies, args.temperature, args.max_new_tokens)
         if sleep:
@@ -686,17 +636,17 @@ if __name__ == "__main__":
         r_correct = 2.0 * correct - 1.0
         t4 = time.perf_counter()
         alpha = args.alpha_mi * min(1.0, (step + 1) / max(1, args.alpha_warmup_steps))
-        r_mi = r_kl = torch.zeros(len(batch))
+        r_mi = r_mixture = torch.zeros(len(batch))
         logps_z = None
         if args.alpha_mi or args.mixture_kl_coef:
             logps_z = skill_logps(questions, tokens, args.temperature)  # [B, N, C]
             r_mi = mi_rewards(logps_z, z, mask, args.mi_form)
             r_mi = r_mi.clamp(-args.mi_clip, args.mi_clip) if args.mi_clip else r_mi
-            r_mi = r_mi * correct if args.mi_gate else r_mi
+            r_mi = r_mi.clamp(min=0) * correct if args.mi_gate else r_mi
         if args.mixture_kl_coef:
-            mixture = logps_z.sum(-1).logsumexp(1) - math.log(skills)  # [B]
-            r_kl = reference_score([encode(question, None) for question in questions], tokens).sum(-1) - mixture
-        rewards = args.correct_coef * r_correct + alpha * r_mi + args.mixture_kl_coef * r_kl  # [B]
+            mixture = logps_z.sum(-1).logsumexp(1) - math.log(num_skills)  # [B]
+            r_mixture = reference_score([encode(question, None) for question in questions], tokens).sum(-1) - mixture
+        rewards = args.correct_coef * r_correct + alpha * r_mi + args.mixture_kl_coef * r_mixture  # [B]
         if args.shuffle_rewards:
             rewards = rewards[torch.randperm(len(rewards))]
         t5 = time.perf_counter()
@@ -708,17 +658,14 @@ if __name__ == "__main__":
         kept = np.flatnonzero(varied) if args.drop_zero_variance else np.arange(len(batch))
 
         # update
-        old_logps = ref_logps = None  # with one update a rollout, old is what the first forward pass gives
-        if args.update_epochs * args.num_minibatches > 1:
-            old_logps = score(policy, prompts, tokens, args.temperature, **sizes)
-        if args.kl_coef:
-            ref_logps = reference_score(prompts, tokens)
+        several = args.update_epochs * args.num_minibatches > 1  # else old is what the one forward pass below gives
+        old_logps = score(policy, prompts, tokens, args.temperature, **sizes) if several else None
+        ref_logps = reference_score(prompts, tokens) if args.kl_coef else None
         per_token = [x if x is None else x.to(device) for x in (mask, vllm_logps, old_logps, ref_logps)]  # each [B, C]
         progress = max(0, step - args.warmup_steps) / max(1, args.num_steps - args.warmup_steps)
         decay = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 + 0.5 * math.cos(math.pi * progress)}
         lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps)) * decay[args.lr_schedule]
-        for param_group in optimizer.param_groups:
-            param_group["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr
         sums, grad_norms, diff_max = defaultdict(float), [], 0.0
         shuffle = np.random.default_rng([args.seed, step, 1])
         orders = [shuffle.permutation(kept) for _ in range(args.update_epochs)]
@@ -730,33 +677,35 @@ if __name__ == "__main__":
             for rows in [[used[j] for j in part] for part in micro_batches(totals, args.max_tokens_per_microbatch)]:
                 inputs = pad_batch([prompts[i] for i in rows], [tokens[i] for i in rows], pad_id, device)
                 logps, entropy = token_logprobs(policy, *inputs, args.temperature, args.head_chunk)
-                here, vllm, old, ref = (x if x is None else x[rows, : logps.shape[1]] for x in per_token)
+                part_mask, vllm, old, ref = (x if x is None else x[rows, : logps.shape[1]] for x in per_token)
                 old = logps.detach() if old is None else old
                 is_weights = (old - vllm).exp().clamp(max=args.is_cap) if args.is_cap else torch.ones_like(old)
                 loss, part_sums = policy_loss(
-                    logps, old, advantages[rows].to(device), here, args.loss_type, args.clip_low, args.clip_high,
+                    logps, old, advantages[rows].to(device), part_mask, args.loss_type, args.clip_low, args.clip_high,
                     denominator, is_weights, ref, args.kl_coef,
                 )
                 loss.backward()
                 diff = (old - vllm).abs()
                 diff_max = max(diff_max, diff.max().item())
-                part_sums |= {"loss": loss.detach(), "tokens": here.sum(), "entropy": entropy.sum()}
-                part_sums |= {"diff": diff.sum(), "is_weight": (is_weights * here).sum()}
+                part_sums |= {"loss": loss.detach(), "tokens": part_mask.sum(), "entropy": entropy.sum()}
+                part_sums |= {"diff": diff.sum(), "is_weight": (is_weights * part_mask).sum()}
                 for key, value in part_sums.items():
                     sums[key] += value
-            if sums["diff"] > args.max_logp_diff * sums["tokens"]:
+            if not sums["diff"] <= args.max_logp_diff * sums["tokens"]:  # NaN fails too
                 fail(f"trainer and vLLM differ by {sums['diff'] / sums['tokens']:.3f} nats a token in step {step + 1}, "
-                     "over --max-logp-diff: stale weights, another temperature or prompt, or logits changed after the "
-                     "head; the policy was not updated with these samples.")
+                     "over --max-logp-diff: stale weights, another temperature or prompt, or changed logits?")
             if used:
-                grad_norms.append(float(torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm)))
+                grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm))
+                if not math.isfinite(grad_norm):
+                    fail(f"the gradient of step {step + 1} is {grad_norm}; the last checkpoint is sound: lower --lr.")
+                grad_norms.append(grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
         t6 = time.perf_counter()
 
         # log
         mean = {key: float(value) / max(1.0, float(sums["tokens"])) for key, value in sums.items()}  # per trained token
-        seconds = t6 - t2 + t1 - t0
+        seconds = t6 - t2 + t1 - t0  # without the evaluation
         rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         record = {
             "step": step + 1, "global_step": (step + 1) * len(batch), "charts/learning_rate": lr,
@@ -768,19 +717,22 @@ if __name__ == "__main__":
             "losses/policy_loss": float(sums["loss"]) / max(1, len(grad_norms)),
             "losses/grad_norm": sum(grad_norms) / max(1, len(grad_norms)),
             **{f"losses/{k}": mean[k] for k in ("entropy", "kl", "approx_kl", "clip_low", "clip_high") if k in mean},
-            "rollout/logp_diff_mean": mean.get("diff", 0.0), "rollout/logp_diff_max": diff_max,
-            "rollout/is_weight": mean.get("is_weight", 1.0), "time/sync": t1 - t0, "time/rollout": t3 - t2,
+            "time/sync": t1 - t0, "time/rollout": t3 - t2,
             "time/grading": t4 - t3, "time/mi_scoring": t5 - t4, "time/forward_backward": t6 - t5,
             "time/total": seconds,
-            "memory/peak_gb": (torch.cuda.max_memory_allocated() if device.type == "cuda" else rss) / 1e9,
-            **{f"skill/accuracy_{k + 1}": correct[z == k].float().mean().item() for k in range(skills)},
+            "memory/peak_gb": (torch.cuda.max_memory_allocated() or rss) / 1e9,
+            **{f"skill/accuracy_{k + 1}": correct[z == k].float().mean().item() for k in range(num_skills)},
         }
+        if grad_norms:
+            record |= {"rollout/logp_diff_mean": mean["diff"], "rollout/logp_diff_max": diff_max,
+                       "rollout/is_weight": mean["is_weight"]}
         if logps_z is not None:
-            record |= {f"skill/{key}": value for key, value in skill_metrics(logps_z, z, tokens).items()}
+            record |= {f"skill/{key}": value for key, value in skill_metrics(logps_z, z).items()}
             record |= {"skill/mi_reward": r_mi.mean().item(), "skill/alpha": alpha}
-            record |= {"skill/mixture_kl": -r_kl.mean().item()} if args.mixture_kl_coef else {}
+        if args.mixture_kl_coef:
+            record["skill/mixture_kl"] = -r_mixture.mean().item()
         log(record)
-        terms = {"r_correct": r_correct, "r_mi": r_mi, "r_mixture_kl": r_kl, "reward": rewards, "advantage": advantages}
+        terms = dict(reward=rewards, advantage=advantages, r_correct=r_correct, r_mi=r_mi, r_mixture=r_mixture)
         with open(samples_path, "a") as file:
             for i in range(args.group_size):  # the first question's whole group
                 row = {"step": step + 1, "z": int(z[i]) + 1, "question": questions[i], "completion": texts[i],
@@ -791,12 +743,13 @@ if __name__ == "__main__":
         print(f"step {step + 1}/{args.num_steps}  {line}", flush=True) if bar.disable else bar.set_postfix_str(line)
 
         # checkpoint
-        if step + 1 == args.num_steps or (args.save_every and (step + 1) % args.save_every == 0) or signals:
+        stop = signals[:1]
+        if step + 1 == args.num_steps or (args.save_every and (step + 1) % args.save_every == 0) or stop:
             state = {"step": step + 1, "logged": (metrics_path.stat().st_size, samples_path.stat().st_size)}
             save_checkpoint(run_dir / "checkpoints", policy, optimizer, state, args.keep_last)
-        if signals:
-            print(f"signal {signals[0]}: saved after step {step + 1}; --run-name {args.run_name} goes on from there.")
-            sys.exit(128 + signals[0])
+        if stop:
+            print(f"signal {stop[0]}: saved after step {step + 1}; --run-name {run_dir.name} goes on from there.")
+            sys.exit(128 + stop[0])
 
     sync_weights(llm, policy, sleep)
     run_evaluation(args.num_steps)

@@ -33,8 +33,8 @@ ARGUMENTS = {
     "one completion of each z": (["--group-size", 2, "--group-by", "skill"], "--group-size must be at least 4"),
     "prefix without z": (["--skill-prefix", "Strategy | "], "has no {z} in it"),
     "no skills but MI": (["--skill-prefix", ""], "add --alpha-mi 0"),
-    "no steps": (["--num-steps", 0], "--num-steps is 0; it must be above 0"),
-    "greedy training": (["--temperature", 0], "--temperature is 0.0; it must be above 0"),
+    "no steps": (["--num-steps", 0], "--num-steps is 0; it must be over 0"),
+    "greedy training": (["--temperature", 0], "--temperature is 0.0; it must be over 0"),
     "negative": (["--lr", -1], "--lr is -1.0; it must be at least 0"),
     "not a number": (["--kl-coef", "nan"], "--kl-coef is nan"),
     "too few problems": (["--questions-per-step", 5000], "fewer than --questions-per-step"),
@@ -115,7 +115,7 @@ def test_no_vllm_and_no_gpu(capsys, monkeypatch, tmp_path):
 
 
 def test_logits_that_change_after_the_head_are_refused(capsys, tmp_path):
-    from grpo_upskill import load_policy
+    from grpo_upskill import Args, load_policy
 
     shutil.copytree(TOY / "model", tmp_path / "model")
     config = json.loads((TOY / "model" / "config.json").read_text()) | {"final_logit_softcapping": 30.0}
@@ -123,7 +123,7 @@ def test_logits_that_change_after_the_head_are_refused(capsys, tmp_path):
     import torch
 
     with pytest.raises(SystemExit):
-        load_policy(str(tmp_path / "model"), torch.device("cpu"), 0, 0, False, False)
+        load_policy(Args(model_name=str(tmp_path / "model")), torch.device("cpu"), torch.float32, 0)
     assert "sets final_logit_softcapping" in capsys.readouterr().err
 
 

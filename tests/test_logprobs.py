@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from grpo_upskill import load_policy, micro_batches, pad_batch, score, token_logprobs
+from grpo_upskill import Args, load_policy, micro_batches, pad_batch, score, token_logprobs
 
 PROMPTS = [[3, 4, 5, 6, 7], [8, 9], [10, 11, 12], [13]]
 COMPLETIONS = [[14, 15], [16, 17, 18, 19, 2], [20], [21, 22, 23, 2]]
@@ -108,7 +108,7 @@ def test_lora_starts_at_the_base_model_and_reference_is_adapters_off(tmp_path):
     model.save_pretrained(tmp_path)
     device = torch.device("cpu")
     base = score(model, PROMPTS, COMPLETIONS, 1.0, 0, 100, 8)
-    policy = load_policy(str(tmp_path), device, 4, 8, True, False)
+    policy = load_policy(Args(model_name=str(tmp_path), lora_alpha=8), device, torch.float32, 4)
     assert all(p.dtype == torch.float32 for p in policy.parameters() if p.requires_grad)
     torch.testing.assert_close(score(policy, PROMPTS, COMPLETIONS, 1.0, 0, 100, 8), base)
     with torch.no_grad():
