@@ -314,9 +314,8 @@ def make_engine(args, device, max_model_len: int):
         fail("no GPU is visible and this vllm is no CPU build; use a GPU, or install tests/requirements-cpu.txt.")
     options = {"gpu_memory_utilization": args.gpu_memory_utilization, "enforce_eager": args.enforce_eager,
                "enable_sleep_mode": args.vllm_sleep, "dtype": "bfloat16"}  # "auto" reads fp32 checkpoints as fp16
-    if device.type == "cpu":  # KV cache not sized by free RAM; a tied head, which this build would not reload, untied
-        options = {"kv_cache_memory_bytes": 2**30, "enforce_eager": True, "dtype": "float32",
-                   "hf_overrides": {"tie_word_embeddings": False}}
+    if device.type == "cpu":  # a KV cache that does not depend on how much memory happens to be free
+        options = {"kv_cache_memory_bytes": 2**30, "enforce_eager": True, "dtype": "float32"}
     try:
         return LLM(model=args.model_name, load_format="dummy", max_model_len=max_model_len, seed=args.seed,
                    trust_remote_code=args.trust_remote_code, logprobs_mode="processed_logprobs", **options)
@@ -497,10 +496,12 @@ if __name__ == "__main__":
     try:
         config = AutoConfig.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
-    except Exception as error:  # hub, file and parser errors have no common base class
-        fail(f"model {args.model_name} did not load; give a hub id or a folder ({' '.join(str(error).split())[:200]}).")
-    if not tokenizer.chat_template or tokenizer.eos_token_id is None:
-        fail(f"the tokenizer of {args.model_name} has no chat template or no EOS token; use an instruct model.")
+        encode_prompt(tokenizer, "?", args.system_prompt)  # a missing chat template, or one that takes no system message
+    except Exception as error:  # hub, file, parser and template errors have no common base class
+        reason = " ".join(str(error).split())[:200]
+        fail(f"{args.model_name} cannot be used; give the hub id or the folder of a chat model ({reason}).")
+    if tokenizer.eos_token_id is None:
+        fail(f"the tokenizer of {args.model_name} has no EOS token, so that no completion could end; give it one.")
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @functools.lru_cache(maxsize=8192)

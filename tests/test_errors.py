@@ -40,7 +40,7 @@ ARGUMENTS = {
     "too few problems": (["--questions-per-step", 5000], "fewer than --questions-per-step"),
     "no such file": (["--dataset", "nowhere.jsonl"], "dataset file nowhere.jsonl does not exist"),
     "no such dataset": (["--dataset", "nobody/nothing"], "dataset nobody/nothing (main, train) did not load"),
-    "no such model": (["--model-name", "nobody/nothing"], "model nobody/nothing did not load; give a hub id"),
+    "no such model": (["--model-name", "nobody/nothing"], "nobody/nothing cannot be used; give the hub id or the folder of a chat model"),
     "prompt does not fit": (["--max-new-tokens", 1010], "takes only 1024; lower --max-new-tokens or remove the row"),
 }
 
@@ -94,7 +94,16 @@ def test_tokenizer_without_chat_template_or_eos(capsys, monkeypatch, tmp_path):
         setattr(tokenizer, attribute, None)
         tokenizer.save_pretrained(folder)
         error = stop_message(capsys, monkeypatch, tmp_path, "--model-name", folder)
-        assert "has no chat template or no EOS token" in error
+        assert ("chat_template is not set" if attribute == "chat_template" else "has no EOS token") in error
+
+
+def test_template_that_refuses_a_system_message(capsys, monkeypatch, tmp_path):
+    shutil.copytree(TOY / "model", tmp_path / "model")
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    path = tmp_path / "model" / "chat_template.jinja"
+    path.write_text(refusal + path.read_text())
+    arguments = ["--model-name", tmp_path / "model", "--system-prompt", "Be brief."]
+    assert "(no system role)" in stop_message(capsys, monkeypatch, tmp_path, *arguments)
 
 
 def test_a_folder_that_is_no_run_is_left_alone(capsys, monkeypatch, tmp_path):
