@@ -7,6 +7,7 @@ import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub: tests never reach out
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the scripts do
 
 ROOT = pathlib.Path(__file__).parents[1]
 TOY = ROOT / "tests" / "toy"

@@ -40,7 +40,7 @@ ARGUMENTS = {
     "too few problems": (["--questions-per-step", 5000], "fewer than --questions-per-step"),
     "no such file": (["--dataset", "nowhere.jsonl"], "dataset file nowhere.jsonl does not exist"),
     "no such dataset": (["--dataset", "nobody/nothing"], "dataset nobody/nothing (main, train) did not load"),
-    "no such model": (["--model-name", "nobody/nothing"], "nobody/nothing cannot be used; give the hub id or the folder of a chat model"),
+    "no such model": (["--model-name", "nobody/nothing"], "nobody/nothing cannot be used; give the hub id"),
     "prompt does not fit": (["--max-new-tokens", 1010], "takes only 1024; lower --max-new-tokens or remove the row"),
 }
 
