@@ -238,7 +238,7 @@ def token_logprobs(policy, ids, prompt_lens, completion_lens, temperature: float
     with torch.autocast("cuda", torch.bfloat16) if ids.device.type == "cuda" else nullcontext():
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][predicts]  # [n, H]
         chunks = zip(hidden.split(head_chunk), ids[:, 1:][predicts].split(head_chunk), strict=True)
-        parts = [checkpoint(head_logps, *chunk, use_reentrant=False) for chunk in chunks]
+        parts = [checkpoint(head_logps, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     mask = torch.arange(int(completion_lens.max()), device=ids.device) < completion_lens[:, None]  # [B, C]
     zeros = torch.zeros(mask.shape, device=ids.device)
     logps, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -327,8 +327,8 @@ def make_engine(args, device, max_model_len: int):
 def rollout(llm, prompts: list[list[int]], n: int, temperature: float, max_new_tokens: int) -> list[dict]:
     """n completions of each prompt: [{"tokens", "logps", "finish_reason"}], the n of a prompt side by side.
 
-    `logps` are vLLM's log-probabilities of the sampled tokens. Sampling is from the full distribution (no top-p, no
-    top-k), because that is what the loss differentiates. A completion that ended by itself keeps its end token.
+    `logps` are vLLM's log-probabilities of the sampled tokens, at that temperature. Sampling is from the full
+    distribution (no top-p, no top-k), because that is what the loss differentiates. A completion that ended by itself keeps its end token.
     """
     from vllm import SamplingParams
     sampling = SamplingParams(n=n, temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_new_tokens, logprobs=0,
