@@ -229,11 +229,10 @@ def token_logprobs(policy, ids, prompt_lens, completion_lens, temperature: float
     head = model.get_output_embeddings()
 
     def head_logps(hidden, targets):  # [n, H], [n] -> [n], [n]
-        logits = head(hidden).float() / temperature  # [n, vocabulary], in fp32 before the softmax
-        logz = logits.logsumexp(-1)
+        log_p = head(hidden).float().div_(temperature).log_softmax(-1)  # [n, vocabulary], in fp32
         with torch.no_grad():
-            entropy = logz - (torch.exp(logits - logz[:, None]) * logits).sum(-1)
-        return logits.gather(-1, targets[:, None])[:, 0] - logz, entropy
+            entropy = -log_p.exp().mul_(log_p).sum(-1)
+        return log_p.gather(-1, targets[:, None])[:, 0], entropy
 
     with torch.autocast("cuda", torch.bfloat16) if ids.device.type == "cuda" else nullcontext():
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][predicts]  # [n, H]
