@@ -35,7 +35,6 @@ from typing import Literal
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engine and trainer live in this one process
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make a shared CPU ten times slower
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 import torch
@@ -152,8 +151,6 @@ class Args:
     """share of the GPU's memory that vLLM may take, weights and KV cache (without a GPU it takes 1 GiB)"""
     vllm_sleep: bool = True
     """give vLLM's memory back while training (GPU only)"""
-    enforce_eager: bool = False
-    """vLLM without CUDA graphs: starts faster, decodes slower"""
     max_logp_diff: float = 0.1
     """stop if trainer and vLLM differ by more than this on average, in nats per sampled token"""
     # evaluation and checkpoint
@@ -226,10 +223,9 @@ def token_logprobs(policy, ids, prompt_lens, completion_lens, temperature: float
     position = torch.arange(ids.shape[1] - 1, device=ids.device)
     predicts = (position >= prompt_lens[:, None] - 1) & (position < (prompt_lens + completion_lens)[:, None] - 1)
     model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    head = model.get_output_embeddings()
 
     def head_logps(hidden, targets):  # [n, H], [n] -> [n], [n]
-        log_p = head(hidden).float().div_(temperature).log_softmax(-1)  # [n, vocabulary], in fp32
+        log_p = model.get_output_embeddings()(hidden).float().div_(temperature).log_softmax(-1)  # [n, vocabulary]
         with torch.no_grad():
             entropy = -log_p.exp().mul_(log_p).sum(-1)
         return log_p.gather(-1, targets[:, None])[:, 0], entropy
@@ -260,8 +256,7 @@ def score(policy, prompts, completions, temperature: float, pad_id: int, max_tok
 def group_advantages(rewards: torch.Tensor, scale: str, eps: float = 1e-4) -> torch.Tensor:
     """A = (r - mean of the group) / (std + eps) of rewards [groups, G], sample std of the group or of the whole batch.
 
-    DeepSeekMath section 4.1, eps as in TRL; scale "none" leaves the division out (Dr. GRPO).
-    """
+    DeepSeekMath section 4.1, eps as in TRL; scale "none" leaves the division out (Dr. GRPO)."""
     spread = {"group": rewards.std(1, keepdim=True) + eps, "batch": rewards.std() + eps, "none": 1.0}[scale]
     return (rewards - rewards.mean(1, keepdim=True)) / spread
 
@@ -292,10 +287,9 @@ def policy_loss(logps, old_logps, advantages, mask, loss_type: str, clip_low: fl
     per_token = per_token.masked_fill(~mask, 0.0)
     if loss_type == "grpo":
         per_token = per_token / mask.sum(1, keepdim=True).clamp(min=1)
-    with torch.no_grad():
-        sums["clip_low"] = ((ratio < 1 - clip_low) & (advantages < 0) & mask).sum()
-        sums["clip_high"] = ((ratio > 1 + clip_high) & (advantages > 0) & mask).sum()
-        sums["approx_kl"] = (ratio - 1 - log_ratio).sum()  # k3 of KL(old || new); padding adds 0
+    sums["clip_low"] = ((ratio < 1 - clip_low) & (advantages < 0) & mask).sum()
+    sums["clip_high"] = ((ratio > 1 + clip_high) & (advantages > 0) & mask).sum()
+    sums["approx_kl"] = (ratio - 1 - log_ratio).detach().sum()  # k3 of KL(old || new); padding adds 0
     return per_token.sum() / denominator, sums
 
 
@@ -312,12 +306,12 @@ def make_engine(args, device, max_model_len: int):
         fail(f"vllm does not import ({error}); install requirements.txt, or without a GPU tests/requirements-cpu.txt.")
     if device.type == "cpu" and not current_platform.is_cpu():
         fail("no GPU is visible and this vllm is no CPU build; use a GPU, or install tests/requirements-cpu.txt.")
-    options = {"gpu_memory_utilization": args.gpu_memory_utilization, "enforce_eager": args.enforce_eager,
-               "enable_sleep_mode": args.vllm_sleep, "dtype": "bfloat16"}  # "auto" reads fp32 checkpoints as fp16
+    options = {"gpu_memory_utilization": args.gpu_memory_utilization, "enable_sleep_mode": args.vllm_sleep}
     if device.type == "cpu":  # a KV cache that does not depend on how much memory happens to be free
-        options = {"kv_cache_memory_bytes": 2**30, "enforce_eager": True, "dtype": "float32"}
+        options = {"kv_cache_memory_bytes": 2**30, "enforce_eager": True}
+    dtype = "bfloat16" if device.type == "cuda" else "float32"  # "auto" would read fp32 checkpoints as fp16
     try:
-        return LLM(model=args.model_name, load_format="dummy", max_model_len=max_model_len, seed=args.seed,
+        return LLM(model=args.model_name, load_format="dummy", dtype=dtype, max_model_len=max_model_len, seed=args.seed,
                    trust_remote_code=args.trust_remote_code, logprobs_mode="processed_logprobs", **options)
     except Exception as error:  # memory and configuration errors have no common base class
         fail(f"vLLM did not start with {args.model_name} ({' '.join(str(error).split())[:300]}).")
@@ -326,8 +320,8 @@ def make_engine(args, device, max_model_len: int):
 def rollout(llm, prompts: list[list[int]], n: int, temperature: float, max_new_tokens: int) -> list[dict]:
     """n completions of each prompt: [{"tokens", "logps", "finish_reason"}], the n of a prompt side by side.
 
-    `logps` are vLLM's log-probabilities of the sampled tokens, at that temperature. Sampling is from the full
-    distribution (no top-p, no top-k), because that is what the loss differentiates. A completion that ended by itself keeps its end token.
+    `logps` are vLLM's, of the sampled tokens at that temperature. Sampling is from the full distribution, because the
+    loss differentiates that: no top-p, no top-k. A completion that ended by itself keeps its end token.
     """
     from vllm import SamplingParams
     sampling = SamplingParams(n=n, temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_new_tokens, logprobs=0,
@@ -335,9 +329,8 @@ def rollout(llm, prompts: list[list[int]], n: int, temperature: float, max_new_t
     results = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
     samples = []
     for output in [output for result in results for output in result.outputs]:
-        tokens = list(output.token_ids)
-        logps = [entry[token].logprob for entry, token in zip(output.logprobs, tokens, strict=True)]
-        samples.append({"tokens": tokens, "logps": logps, "finish_reason": output.finish_reason})
+        logps = [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)]
+        samples.append({"tokens": list(output.token_ids), "logps": logps, "finish_reason": output.finish_reason})
     return samples
 
 
@@ -393,10 +386,7 @@ def pad_batch(prompts, completions, pad_id: int, device=None):
 
 # ---- Checkpoint ------------------------------------------------------------------------------------------------------
 def save_checkpoint(folder: Path, policy, optimizer, state: dict, keep_last: int):
-    """Write trained weights, optimizer, random generators and `state` (plain values) to folder/step_<state["step"]>.
-
-    Whole or not at all: into a temporary folder, flushed to disk, then renamed.
-    """
+    """Write weights, optimizer, random generators and `state` to folder/step_<step>, flushed, whole or not at all."""
     from safetensors.torch import save_file
     final, temporary = folder / f"step_{state['step']:06d}", folder / "unfinished"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -637,8 +627,7 @@ if __name__ == "__main__":
         r_correct = 2.0 * correct - 1.0
         t4 = time.perf_counter()
         alpha = args.alpha_mi * min(1.0, (step + 1) / max(1, args.alpha_warmup_steps))
-        r_mi = r_mixture = torch.zeros(len(batch))
-        logps_z = None
+        r_mi, r_mixture, logps_z = torch.zeros(len(batch)), torch.zeros(len(batch)), None
         if args.alpha_mi or args.mixture_kl_coef:
             logps_z = skill_logps(questions, tokens, args.temperature)  # [B, N, C]
             r_mi = mi_rewards(logps_z, z, mask, args.mi_form)
@@ -713,15 +702,13 @@ if __name__ == "__main__":
             "charts/accuracy": correct.float().mean().item(), "charts/zero_variance": 1 - varied.float().mean().item(),
             "charts/reward": rewards.mean().item(), "charts/reward_std": rewards.std().item(),
             "charts/length": lengths.float().mean().item(), "charts/truncated": truncated.float().mean().item(),
-            "charts/samples_per_second": len(batch) / seconds,
-            "charts/tokens_per_second": lengths.sum().item() / seconds,
+            "charts/samples_per_second": len(batch) / seconds, "charts/tokens_per_second": int(lengths.sum()) / seconds,
             "losses/policy_loss": float(sums["loss"]) / max(1, len(grad_norms)),
             "losses/grad_norm": sum(grad_norms) / max(1, len(grad_norms)),
             **{f"losses/{k}": mean[k] for k in ("entropy", "kl", "approx_kl", "clip_low", "clip_high") if k in mean},
             "time/sync": t1 - t0, "time/rollout": t3 - t2,
             "time/grading": t4 - t3, "time/mi_scoring": t5 - t4, "time/forward_backward": t6 - t5,
-            "time/total": seconds,
-            "memory/peak_gb": (torch.cuda.max_memory_allocated() or rss) / 1e9,
+            "time/total": seconds, "memory/peak_gb": (torch.cuda.max_memory_allocated() or rss) / 1e9,
             **{f"skill/accuracy_{k + 1}": correct[z == k].float().mean().item() for k in range(num_skills)},
         }
         if grad_norms:
@@ -755,7 +742,7 @@ if __name__ == "__main__":
     sync_weights(llm, policy, sleep)
     run_evaluation(args.num_steps)
     save_final(run_dir / "final", policy, tokenizer, dtype)
-    records = [json.loads(line) for line in metrics_path.read_text().splitlines()]
+    records = map(json.loads, metrics_path.read_text().splitlines())
     before, *_, after = [record for record in records if "eval/pass@1" in record]
     print(f"\n{'':<28}{'before':>10}{'after':>10}")
     for key in [key for key in after if key.startswith(("eval/", "skill/"))]:
