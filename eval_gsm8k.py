@@ -34,44 +34,25 @@ ANSWER_CUE = re.compile(r"\banswer\b[\s*_]{0,9}(?:is|are|was|:|：)", re.IGNOREC
 
 @dataclass
 class Args:
-    model_name: str = ""
-    """Hugging Face id or local folder of the model (required unless --compare)"""
-    dataset: str = "openai/gsm8k"
-    """hub id, or a local .jsonl file with GSM8K's columns question and answer"""
-    dataset_config: str = "main"
-    """configuration of a hub dataset"""
-    split: str = "test"
-    """split of a hub dataset"""
-    limit: int = 0
-    """evaluate the first so many problems, in file order (0 = all)"""
-    num_samples: int = 1
-    """completions per question; with --num-skills, rounds over all skills"""
-    num_skills: int = 0
-    """N: ask each question with each skill z = 1..N (0 = no prefix)"""
-    system_prompt: str = "You are a helpful math assistant that solves problems step by step."
-    """system message ("" = none)"""
-    skill_prefix: str = "Strategy {z} | "
-    """what stands before the question when --num-skills > 0"""
-    temperature: float = 0.7
-    """sampling temperature (0 = greedy)"""
-    top_p: float = 1.0
-    """nucleus sampling mass (1 = off: the samples follow the policy itself)"""
-    max_new_tokens: int = 512
-    """completions are cut off after so many tokens and counted as truncated"""
-    answer_mode: Literal["strict", "flexible", "boxed", "xml", "auto"] = "auto"
-    """where the graded answer is looked for, see `extract_answer`"""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """precision in vLLM (auto = bfloat16 on a GPU, float32 on a CPU)"""
-    gpu_memory_utilization: float = 0.0
-    """share of the memory that vLLM takes (0 = 0.9 of the GPU's; without a GPU, 0.1 of the main memory)"""
-    seed: int = 0
-    """seed of the sampling and of the i.i.d. skills"""
-    output_dir: str = ""
-    """folder of completions.jsonl and figures.json, never overwritten ("" = runs/eval-<model>-<seed>)"""
-    compare: tuple[str, str] | None = None
-    """two completions.jsonl files over the same questions: print their paired differences and exit"""
-    trust_remote_code: bool = False
-    """run the Python code that a model repository brings along"""
+    model_name: str = ""  # Hugging Face id or local folder of the model (required unless --compare)
+    dataset: str = "openai/gsm8k"  # hub id, or a local .jsonl file with GSM8K's columns question and answer
+    dataset_config: str = "main"  # configuration of a hub dataset
+    split: str = "test"  # split of a hub dataset
+    limit: int = 0  # evaluate the first so many problems, in file order (0 = all)
+    num_samples: int = 1  # completions per question; with --num-skills, rounds over all skills
+    num_skills: int = 0  # N: ask each question with each skill z = 1..N (0 = no prefix)
+    system_prompt: str = "You are a helpful math assistant that solves problems step by step."  # empty: none
+    skill_prefix: str = "Strategy {z} | "  # what stands before the question when --num-skills > 0
+    temperature: float = 0.7  # sampling temperature (0 = greedy)
+    top_p: float = 1.0  # nucleus sampling mass (1 = off: the samples follow the policy itself)
+    max_new_tokens: int = 512  # completions are cut off after so many tokens and counted as truncated
+    answer_mode: Literal["strict", "flexible", "boxed", "xml", "auto"] = "auto"  # see `extract_answer`
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: bfloat16 on a GPU, else float32
+    gpu_memory_utilization: float = 0.0  # vLLM's share of memory (0: 0.9 on a GPU, without one 0.1 of the main memory)
+    seed: int = 0  # seed of the sampling and of the i.i.d. skills
+    output_dir: str = ""  # folder of the results, never overwritten (empty: runs/eval-<model>-<seed>)
+    compare: tuple[str, str] | None = None  # two completions.jsonl: print their paired differences
+    trust_remote_code: bool = False  # run the Python code that a model repository brings along
 
 
 # --- numbers and answers ---------------------------------------------------------------------------------------------
@@ -284,8 +265,15 @@ def fail(message: str):
     raise SystemExit(2)
 
 
+def check_arguments(args, positive):
+    """End the program unless the numbers in the dataclass `args` are at least 0, those named in `positive` over 0."""
+    for name, value in asdict(args).items():
+        if isinstance(value, (int, float)) and not (value > 0 if name in positive else value >= 0):
+            fail(f"--{name.replace('_', '-')} is {value}; it must be {'over' if name in positive else 'at least'} 0.")
+
+
 def load_problems(dataset: str, config: str, split: str) -> list[dict]:
-    """Load [{"question": str, "gold": str}, ...] from a local .jsonl file or a hub dataset with GSM8K's columns.
+    """Load [{"question", "answer", "gold"}, ...] from a local .jsonl file or a hub dataset with GSM8K's columns.
 
     A row needs `question` and `answer`; gold is the number after the last "####" of `answer`, or all of it if it is a
     bare number. `config` and `split` are for hub datasets only. A row that cannot be used ends the program, naming
@@ -318,19 +306,69 @@ def load_problems(dataset: str, config: str, split: str) -> list[dict]:
         gold = parse_gold(str(row["answer"]))
         if gold is None:
             fail(f"{where}: 'answer' ends in {str(row['answer'])[-40:]!r}; it must end in '#### <number>'.")
-        problems.append({"question": str(row["question"]).strip(), "gold": gold})
+        problems.append({"question": str(row["question"]).strip(), "answer": str(row["answer"]).strip(), "gold": gold})
     if not problems:
         fail(f"dataset {dataset} holds no problems; give a file with at least one JSON object per line.")
     return problems
 
 
-def encode_prompt(tokenizer, question: str, system_prompt: str, prefix: str = "") -> list[int]:
+def load_splits(dataset: str, config: str, eval_dataset: str, least: int) -> tuple[list[dict], list[dict]]:
+    """Training and evaluation problems, see `load_problems`: the hub dataset's splits train and test, or two files.
+
+    A local dataset without an eval_dataset gives up its last tenth, at least one row, for evaluation; fewer than
+    `least` training problems, those of one step, end the program.
+    """
+    problems = load_problems(dataset, config, "train")
+    if eval_dataset or not os.path.exists(dataset):
+        eval_problems = load_problems(eval_dataset or dataset, config, "test")
+    else:
+        cut = len(problems) - len(problems) // 10 - 1
+        problems, eval_problems = problems[:cut], problems[cut:]
+    if len(problems) < least:
+        fail(f"{dataset} leaves {len(problems)} training problems, fewer than the {least} of a step; add rows.")
+    return problems, eval_problems
+
+
+def load_tokenizer(model_name: str, system_prompt: str, trust_remote_code: bool = False):
+    """The tokenizer of a chat model, and the longest sequence in tokens that the model takes (10^9 if it says nothing).
+
+    No such model, no chat template, one that refuses a system message, or no EOS token end the program (exit code 2).
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(model_name, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=trust_remote_code)
+        encode_prompt(tokenizer, "?", system_prompt)
+    except Exception as error:  # hub, file, parser and template errors have no common base class
+        reason = " ".join(str(error).split())[:200]
+        fail(f"{model_name} cannot be used; give the hub id or the folder of a chat model ({reason}).")
+    if tokenizer.eos_token_id is None:
+        fail(f"the tokenizer of {model_name} has no EOS token, so that no completion could end; give it one.")
+    return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
+
+
+def check_lengths(problems: list[dict], encode, max_new_tokens: int, context: int) -> int:
+    """Tokens of the longest prompt, encode(question), and max_new_tokens; over `context` they end the program."""
+    longest = max((problem["question"] for problem in problems), key=lambda question: len(encode(question)))
+    length = len(encode(longest)) + max_new_tokens
+    if length > context:
+        fail(f"the prompt of {longest[:60]!r}... and {max_new_tokens} new tokens make {length} tokens, the model takes "
+             f"only {context}; lower --max-new-tokens or remove the row.")  # fmt: skip
+    return length
+
+
+def encode_prompt(tokenizer, question: str, system_prompt: str, prefix: str = "", shots=()) -> list[int]:
     """Token ids of the chat-templated prompt with the generation header on; `prefix` goes before the question.
+
+    shots: worked examples [(question, answer)], turns of the chat before it.
 
     The one place where a prompt becomes ids: rollout, scoring and evaluation all use these ids, so no text is ever
     tokenised twice and no second BOS can slip in. An empty system prompt means no system message.
     """
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    for asked, answered in shots:
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     messages.append({"role": "user", "content": prefix + question})
     return tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
 
@@ -454,10 +492,7 @@ if __name__ == "__main__":
 
     if not args.model_name:
         fail("--model-name is missing; give a Hugging Face id or a model folder (or two files to --compare).")
-    for name in ("num_samples", "max_new_tokens", "num_skills", "limit", "temperature", "seed"):
-        least = int(name in ("num_samples", "max_new_tokens"))
-        if getattr(args, name) < least:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be at least {least}.")
+    check_arguments(args, positive=("num_samples", "max_new_tokens"))
     if not 0 < args.top_p <= 1:
         fail(f"--top-p is {args.top_p}, but must be above 0 and at most 1.")
     if args.num_skills and "{z}" not in args.skill_prefix:
@@ -471,26 +506,14 @@ if __name__ == "__main__":
     problems = load_problems(args.dataset, args.dataset_config, args.split)[: args.limit or None]
 
     import torch
-    from transformers import AutoConfig, AutoTokenizer
 
-    try:
-        config = AutoConfig.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
-    except Exception as error:  # hub, file and parser errors have no common base class
-        reason = " ".join(str(error).split())[:300]
-        fail(f"no usable model folder or model id {args.model_name} ({type(error).__name__}: {reason}).")
-    if not tokenizer.chat_template:
-        fail(f"the tokenizer of {args.model_name} has no chat template; use an instruction-tuned model.")
+    tokenizer, room = load_tokenizer(args.model_name, args.system_prompt, args.trust_remote_code)
 
-    def encode(question, z):
+    def encode(question, z=args.num_skills):
         prefix = args.skill_prefix.replace("{z}", str(z)) if z else ""
         return encode_prompt(tokenizer, question, args.system_prompt, prefix)
 
-    zs = range(1, args.num_skills + 1) or [None]
-    length = max(len(encode(problem["question"], z)) for problem in problems for z in zs) + args.max_new_tokens
-    room = getattr(config.get_text_config(), "max_position_embeddings", None) or length
-    if length > room:
-        fail(f"longest prompt and --max-new-tokens {args.max_new_tokens} make {length} tokens; the model takes {room}.")
+    length = check_lengths(problems, encode, args.max_new_tokens, room)
     cuda = torch.cuda.is_available()
     try:
         from vllm import LLM

@@ -40,132 +40,77 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from eval_gsm8k import encode_prompt, evaluate, extract_answer, fail, is_correct, load_problems
+from eval_gsm8k import (check_arguments, check_lengths, encode_prompt, evaluate, extract_answer, fail, is_correct,
+                        load_splits, load_tokenizer)
 
 
 @dataclass
 class Args:
     # experiment
-    run_name: str = ""
-    """folder under output_dir; starting the same name again resumes it (empty: experiment, model, seed and time)"""
-    output_dir: str = "runs"
-    """where run folders are made"""
-    seed: int = 1
-    """seed of data order, sampling and LoRA initialisation"""
-    track: bool = False
-    """also log to Weights & Biases, in the project WANDB_PROJECT names (metrics.jsonl is always written)"""
+    run_name: str = ""  # folder under output_dir; the same name again resumes it (empty: script, model, seed, time)
+    output_dir: str = "runs"  # where run folders are made
+    seed: int = 1  # seed of data order, sampling and LoRA initialisation
+    track: bool = False  # also log to Weights & Biases (project: WANDB_PROJECT); metrics.jsonl is always written
     # model
-    model_name: str = "Qwen/Qwen2.5-7B-Instruct"
-    """Hugging Face id or local folder of a chat model"""
-    lora_r: int = 32
-    """LoRA rank on all linear layers, base weights in bf16 on a GPU; 0 trains all weights, kept in fp32"""
-    lora_alpha: int = 32
-    """LoRA scale: W + (lora_alpha / lora_r) B A"""
-    trust_remote_code: bool = False
-    """run Python code that comes with the model"""
+    model_name: str = "Qwen/Qwen2.5-7B-Instruct"  # Hugging Face id or local folder of a chat model
+    lora_r: int = 32  # LoRA rank on all linear layers, base weights in bf16 on a GPU; 0 trains all weights, in fp32
+    lora_alpha: int = 32  # LoRA scale: W + (lora_alpha / lora_r) B A
+    trust_remote_code: bool = False  # run Python code that comes with the model
     # data
-    dataset: str = "openai/gsm8k"
-    """training problems: Hugging Face id, or a local .jsonl with `question` and `answer` ("... #### 72")"""
-    dataset_config: str = "main"
-    """configuration of a Hugging Face dataset (unused for local files)"""
-    eval_dataset: str = ""
-    """evaluation problems, as --dataset (empty: the hub dataset's test split; a local file gives up its last tenth)"""
-    system_prompt: str = "You are a helpful math assistant that solves problems step by step."
-    """system message; empty: none"""
+    dataset: str = "openai/gsm8k"  # training problems: hub id, or a .jsonl with `question` and `answer` ("... #### 72")
+    dataset_config: str = "main"  # configuration of a hub dataset (unused for local files)
+    eval_dataset: str = ""  # evaluation problems (empty: the test split; a local file gives up its last tenth)
+    system_prompt: str = "You are a helpful math assistant that solves problems step by step."  # empty: none
     # rollout
-    num_steps: int = 500
-    """training steps, each one rollout"""
-    questions_per_step: int = 8
-    """questions per rollout"""
-    group_size: int = 10
-    """completions per question, a multiple of max_z: every z is sampled group_size / max_z times"""
-    max_new_tokens: int = 768
-    """longest completion in tokens"""
-    temperature: float = 1.0
-    """sampling temperature; log-probabilities are taken at the same temperature"""
-    answer_mode: Literal["strict", "flexible", "boxed", "xml", "auto"] = "auto"
-    """where the training reward looks for the answer (see eval_gsm8k.extract_answer)"""
+    num_steps: int = 500  # training steps, each one rollout
+    questions_per_step: int = 8  # questions per rollout
+    group_size: int = 10  # completions per question, a multiple of max_z: every z is sampled group_size / max_z times
+    max_new_tokens: int = 768  # longest completion in tokens
+    temperature: float = 1.0  # sampling temperature; log-probabilities are taken at the same temperature
+    answer_mode: Literal["strict", "flexible", "boxed", "xml", "auto"] = "auto"  # see eval_gsm8k.extract_answer
     # UpSkill
-    max_z: int = 5
-    """number of skills N"""
-    alpha_mi: float = 5.0
-    """weight of the MI reward; 0 is plain GRPO and skips the N scoring passes"""
-    mi_form: Literal["seq", "token", "token_mean"] = "seq"
-    """seq: mixture over whole completions; token: the paper's sum over tokens; token_mean: that sum over the length"""
-    mi_clip: float = 0.0
-    """clip the MI reward to [-mi_clip, mi_clip] nats; 0: no clipping"""
-    mi_gate: bool = False
-    """MI reward for correct completions only, and never below 0: no reward for being distinct and wrong"""
-    alpha_warmup_steps: int = 0
-    """raise alpha_mi linearly from 0 over this many steps"""
-    mixture_kl_coef: float = 0.0
-    """weight of -(log mixture(y|x) - log p_ref(y|x without prefix)), which keeps the mean over skills near the start"""
-    correct_coef: float = 1.0
-    """weight of the correctness reward; 0 trains on MI alone"""
-    skill_prefix: str = "Strategy {z} | "
-    """text before the question, {z} the skill's number; "" is the control without skills (needs --alpha-mi 0)"""
-    group_by: Literal["question", "skill"] = "question"
-    """the group whose mean reward is the baseline: all completions of a question, or those with the same z"""
-    shuffle_rewards: bool = False
-    """negative control: permute the rewards of a step, so that nothing can be learned"""
+    max_z: int = 5  # number of skills N
+    alpha_mi: float = 5.0  # weight of the MI reward; 0 is plain GRPO and skips the N scoring passes
+    mi_form: Literal["seq", "token", "token_mean"] = "seq"  # how the mixture over skills is formed, see mi_rewards
+    mi_clip: float = 0.0  # clip the MI reward to [-mi_clip, mi_clip] nats; 0: no clipping
+    mi_gate: bool = False  # MI reward for correct completions only, and never below 0: distinct and wrong pays nothing
+    alpha_warmup_steps: int = 0  # raise alpha_mi linearly from 0 over this many steps
+    mixture_kl_coef: float = 0.0  # weight of log p_ref(y|x without z) - log mixture(y|x): keeps the mean near the start
+    correct_coef: float = 1.0  # weight of the correctness reward; 0 trains on MI alone
+    skill_prefix: str = "Strategy {z} | "  # {z}: the skill's number; "": no skills, a control (with --alpha-mi 0)
+    group_by: Literal["question", "skill"] = "question"  # mean reward of what is the baseline
+    shuffle_rewards: bool = False  # negative control: permute the rewards of a step, so that nothing can be learned
     # loss
-    loss_type: Literal["grpo", "dr_grpo", "dapo"] = "dapo"
-    """grpo: mean over completions of token means; dr_grpo: over completions x max_new_tokens; dapo: mean over tokens"""
-    clip_low: float = 0.2
-    """ratio is clipped below at 1 - clip_low"""
-    clip_high: float = 0.28
-    """ratio is clipped above at 1 + clip_high (clip-higher, DAPO)"""
-    advantage_scale: Literal["group", "batch", "none"] = "group"
-    """divide centred rewards by the group's standard deviation, the whole step's, or not at all (Dr. GRPO)"""
-    kl_coef: float = 0.0
-    """weight of the k3 estimate of KL(policy || start) in the loss; the paper's runs used 0.04"""
-    is_cap: float = 2.0
-    """truncated importance sampling: weight min(p_trainer / p_vllm, is_cap) per token; 0: no correction"""
-    mask_truncated: bool = False
-    """leave completions that hit max_new_tokens out of the loss"""
-    drop_zero_variance: bool = True
-    """leave groups whose rewards are all equal out of the loss (its KL term too) and of its denominator"""
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] = "dapo"  # how tokens are weighted, see policy_loss
+    clip_low: float = 0.2  # ratio is clipped below at 1 - clip_low
+    clip_high: float = 0.28  # ratio is clipped above at 1 + clip_high (clip-higher, DAPO)
+    advantage_scale: Literal["group", "batch", "none"] = "group"  # whose std divides centred rewards (none: Dr. GRPO)
+    kl_coef: float = 0.0  # weight of the k3 estimate of KL(policy || start) in the loss; the paper's runs used 0.04
+    is_cap: float = 2.0  # truncated importance sampling: token weights min(p_trainer / p_vllm, is_cap); 0: none
+    mask_truncated: bool = False  # leave completions that hit max_new_tokens out of the loss
+    drop_zero_variance: bool = True  # leave groups whose rewards are all equal out of the loss and of its denominator
     # optimizer
-    lr: float = 3e-5
-    """peak learning rate; 3e-5 with alpha_mi 5 and 1e-5 with alpha_mi 1 in the paper's figures, both with LoRA"""
-    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """decay to zero after the warm-up, or none"""
-    warmup_steps: int = 50
-    """linear warm-up, in steps"""
-    weight_decay: float = 0.1
-    """AdamW's decoupled weight decay"""
-    max_grad_norm: float = 0.1
-    """gradient norm clip (0.1 in the original code)"""
-    update_epochs: int = 1
-    """passes over a rollout"""
-    num_minibatches: int = 1
-    """optimizer steps per pass"""
+    lr: float = 3e-5  # peak; 3e-5 with alpha_mi 5 and 1e-5 with alpha_mi 1 in the paper's figures, both with LoRA
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"  # decay to zero after the warm-up, or none
+    warmup_steps: int = 50  # linear warm-up, in steps
+    weight_decay: float = 0.1  # AdamW's decoupled weight decay
+    max_grad_norm: float = 0.1  # gradient norm clip (0.1 in the original code)
+    update_epochs: int = 1  # passes over a rollout
+    num_minibatches: int = 1  # optimizer steps per pass
     # memory
-    max_tokens_per_microbatch: int = 16384
-    """padded tokens in one forward-backward; halve it when out of memory"""
-    head_chunk: int = 1024
-    """tokens for which logits [head_chunk, vocabulary] exist at a time"""
-    gradient_checkpointing: bool = True
-    """recompute activations in the backward pass (GPU only)"""
-    gpu_memory_utilization: float = 0.4
-    """share of the GPU's memory that vLLM may take, weights and KV cache (without a GPU it takes 1 GiB)"""
-    vllm_sleep: bool = True
-    """give vLLM's memory back while training (GPU only)"""
-    max_logp_diff: float = 0.1
-    """stop if trainer and vLLM differ by more than this on average, in nats per sampled token"""
+    max_tokens_per_microbatch: int = 16384  # padded tokens in one forward-backward; halve it when out of memory
+    head_chunk: int = 1024  # tokens for which logits [head_chunk, vocabulary] exist at a time
+    gradient_checkpointing: bool = True  # recompute activations in the backward pass (GPU only)
+    gpu_memory_utilization: float = 0.4  # vLLM's share of the GPU, weights and cache (without a GPU: a cache of 1 GiB)
+    vllm_sleep: bool = True  # give vLLM's memory back while training (GPU only)
+    max_logp_diff: float = 0.1  # stop if trainer and vLLM differ by more on average, in nats per sampled token
     # evaluation and checkpoint
-    eval_every: int = 50
-    """evaluate every so many steps, besides the start and the end; 0: only there"""
-    eval_size: int = 200
-    """number of evaluation problems; 0: all"""
-    eval_samples: int = 1
-    """samples of each skill (without prefix: max_z times as many samples) per evaluation problem"""
-    eval_temperature: float = 0.7
-    """sampling temperature of evaluations; 0 is greedy"""
-    save_every: int = 50
-    """write a checkpoint every so many steps, and at the end; 0: only there"""
-    keep_last: int = 2
-    """checkpoints kept"""
+    eval_every: int = 50  # evaluate every so many steps, besides the start and the end; 0: only there
+    eval_size: int = 200  # number of evaluation problems; 0: all
+    eval_samples: int = 1  # samples of each skill (without prefix: max_z times as many samples) per evaluation problem
+    eval_temperature: float = 0.7  # sampling temperature of evaluations; 0 is greedy
+    save_every: int = 50  # write a checkpoint every so many steps, and at the end; 0: only there
+    keep_last: int = 2  # checkpoints kept
 
 
 # ---- Reward ----------------------------------------------------------------------------------------------------------
@@ -190,8 +135,7 @@ def mi_rewards(logps: torch.Tensor, z: torch.Tensor, mask: torch.Tensor, form: s
 def load_policy(args, device, dtype, lora_r: int):
     """The model args.model_name with weights in `dtype`, and LoRA adapters of rank lora_r, in fp32, unless that is 0.
 
-    Weights that are trained belong in fp32: an update of 1e-6 is lost when added to a bf16 weight. Dropout is off: the
-    probabilities that are trained must be those that were sampled.
+    What is trained belongs in fp32: an update of 1e-6 is lost on a bf16 weight. Dropout is off, as it is when sampling.
     """
     from transformers import AutoModelForCausalLM
     policy = AutoModelForCausalLM.from_pretrained(
@@ -295,10 +239,7 @@ def policy_loss(logps, old_logps, advantages, mask, loss_type: str, clip_low: fl
 
 # ---- vLLM ------------------------------------------------------------------------------------------------------------
 def make_engine(args, device, max_model_len: int):
-    """A vLLM engine in this process, with random weights until the first `sync_weights`.
-
-    Call it before seeding (it reseeds python, numpy and torch) and before loading the policy (it measures free memory).
-    """
+    """A vLLM engine in this process, with random weights until the first `sync_weights`."""
     try:
         from vllm import LLM
         from vllm.platforms import current_platform
@@ -327,18 +268,17 @@ def rollout(llm, prompts: list[list[int]], n: int, temperature: float, max_new_t
     sampling = SamplingParams(n=n, temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_new_tokens, logprobs=0,
                               detokenize=False)
     results = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
-    samples = []
-    for output in [output for result in results for output in result.outputs]:
-        logps = [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)]
-        samples.append({"tokens": list(output.token_ids), "logps": logps, "finish_reason": output.finish_reason})
-    return samples
+    outputs = [output for result in results for output in result.outputs]
+    return [{"tokens": list(output.token_ids), "finish_reason": output.finish_reason,
+             "logps": [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)]}
+            for output in outputs]
 
 
 def merged_weights(policy):
     """(name, tensor) of every weight under its Hugging Face name; LoRA layers as W + (alpha / r) B A, formed in fp32.
 
-    One layer at a time into a temporary: the policy is never merged and unmerged in place, which would drift in bf16.
-    What the engine makes of it is rounded to its dtype: in bf16, entries of B A below half a step of W vanish there.
+    One layer at a time into a temporary, never in place, which would drift in bf16. The engine rounds to its own dtype:
+    in bf16, entries of B A below half a step of W vanish there.
     """
     model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
     for name, weight in model.state_dict().items():
@@ -417,15 +357,11 @@ def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
         except Exception as error:  # whatever is wrong with the files, the answer is the same
             print(f"warning: checkpoint {path} is damaged and passed over: {error}", file=sys.stderr)
             continue
-        with torch.no_grad():
-            for name, parameter in policy.named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(weights[name])
+        policy.load_state_dict(weights, strict=False)  # strict: LoRA's frozen weights are not in the file
         optimizer.load_state_dict(training["optimizer"])
         generators = training["generators"]
-        random.setstate(generators["python"])
-        np.random.set_state(generators["numpy"])
-        torch.set_rng_state(generators["torch"])
+        for restore, key in (random.setstate, "python"), (np.random.set_state, "numpy"), (torch.set_rng_state, "torch"):
+            restore(generators[key])
         if generators["cuda"]:
             torch.cuda.set_rng_state_all(generators["cuda"])
         return training["state"]
@@ -455,15 +391,12 @@ def save_final(folder: Path, policy, tokenizer, dtype):
 if __name__ == "__main__":
     import tyro
     from tqdm import tqdm
-    from transformers import AutoConfig, AutoTokenizer
     args = tyro.cli(Args, description=__doc__)
     num_skills = args.max_z if args.skill_prefix else 1  # N
     copies = args.group_size // max(1, num_skills)  # completions of one (question, z)
-    positive = ("num_steps", "questions_per_step", "max_new_tokens", "max_z", "update_epochs", "num_minibatches",
-                "max_tokens_per_microbatch", "head_chunk", "eval_samples", "keep_last", "temperature")
-    for name, value in asdict(args).items():
-        if isinstance(value, (int, float)) and not (value > 0 if name in positive else value >= 0):
-            fail(f"--{name.replace('_', '-')} is {value}; it must be {'over' if name in positive else 'at least'} 0.")
+    check_arguments(args, positive=(
+        "num_steps questions_per_step max_new_tokens temperature update_epochs num_minibatches eval_samples keep_last "
+        "max_tokens_per_microbatch head_chunk max_z").split())
     if args.group_size < 2 or args.group_size % num_skills:
         fail(f"--group-size {args.group_size} must be a multiple of the {num_skills} skills, and at least 2.")
     if args.group_by == "skill" and copies < 2:
@@ -474,37 +407,17 @@ if __name__ == "__main__":
         fail('--skill-prefix "" leaves no skills to tell apart; add --alpha-mi 0 and leave --mixture-kl-coef at 0.')
 
     # data
-    problems = load_problems(args.dataset, args.dataset_config, "train")
-    if args.eval_dataset or not os.path.exists(args.dataset):
-        eval_problems = load_problems(args.eval_dataset or args.dataset, args.dataset_config, "test")
-    else:
-        cut = len(problems) - len(problems) // 10 - 1
-        problems, eval_problems = problems[:cut], problems[cut:]
+    problems, eval_problems = load_splits(args.dataset, args.dataset_config, args.eval_dataset, args.questions_per_step)
     eval_problems = eval_problems[: args.eval_size or None]
-    if len(problems) < args.questions_per_step:
-        fail(f"{args.dataset} leaves {len(problems)} training problems, fewer than --questions-per-step; add rows.")
-    try:
-        config = AutoConfig.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name, trust_remote_code=args.trust_remote_code)
-        encode_prompt(tokenizer, "?", args.system_prompt)  # no chat template, or one that takes no system message?
-    except Exception as error:  # hub, file, parser and template errors have no common base class
-        reason = " ".join(str(error).split())[:200]
-        fail(f"{args.model_name} cannot be used; give the hub id or the folder of a chat model ({reason}).")
-    if tokenizer.eos_token_id is None:
-        fail(f"the tokenizer of {args.model_name} has no EOS token, so that no completion could end; give it one.")
+    tokenizer, context = load_tokenizer(args.model_name, args.system_prompt, args.trust_remote_code)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @functools.lru_cache(maxsize=8192)
-    def encode(question, z):
+    def encode(question, z=num_skills):
         prefix = args.skill_prefix.replace("{z}", str(z)) if z is not None else ""
         return encode_prompt(tokenizer, question, args.system_prompt, prefix)
 
-    longest = max((row["question"] for row in problems + eval_problems), key=lambda q: len(encode(q, num_skills)))
-    max_model_len = len(encode(longest, num_skills)) + args.max_new_tokens
-    context = getattr(config.get_text_config(), "max_position_embeddings", max_model_len)
-    if max_model_len > context:
-        fail(f"the prompt of {longest[:60]!r}... and --max-new-tokens make {max_model_len} tokens, {args.model_name} "
-             f"takes only {context}; lower --max-new-tokens or remove the row.")
+    max_model_len = check_lengths(problems + eval_problems, encode, args.max_new_tokens, context)
 
     # run folder: the same --run-name goes on where it stopped, with the same arguments or not at all
     default = f"{Path(__file__).stem}__{Path(args.model_name).name}__{args.seed}__{int(time.time())}"
@@ -515,9 +428,9 @@ if __name__ == "__main__":
         sys.exit(0)
     if args_path.exists():
         before = json.loads(args_path.read_text())
-        changed = [f"--{k.replace('_', '-')} was {before.get(k)!r} and is {v!r}" for k, v in asdict(args).items()
-                   if k not in ("run_name", "output_dir", "track", "save_every", "keep_last") and before.get(k) != v]
-        if changed:
+        if changed := [
+                f"--{k.replace('_', '-')} was {before.get(k)!r} and is {v!r}" for k, v in asdict(args).items()
+                if k not in ("run_name", "output_dir", "track", "save_every", "keep_last") and before.get(k) != v]:
             fail(f"{run_dir} was started with other arguments: {', '.join(changed)}; give those or another --run-name.")
     elif run_dir.is_dir() and any(run_dir.iterdir()):
         fail(f"{run_dir} exists and holds no run; choose another --run-name.")
@@ -536,6 +449,7 @@ if __name__ == "__main__":
     if not args.lora_r and (args.kl_coef or args.mixture_kl_coef):
         reference = load_policy(args, device, dtype, 0)
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    sizes = {"pad_id": pad_id, "max_tokens": args.max_tokens_per_microbatch, "head_chunk": args.head_chunk}
     optimizer = torch.optim.AdamW(trainable, args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True)
 
     # resume: what was logged after the checkpoint is cut off and done again
@@ -561,8 +475,6 @@ if __name__ == "__main__":
         if args.track:
             wandb.log(record)
 
-    sizes = {"pad_id": pad_id, "max_tokens": args.max_tokens_per_microbatch, "head_chunk": args.head_chunk}
-
     def reference_score(prompts, completions):  # [B, C]
         with policy.disable_adapter() if args.lora_r else nullcontext():
             return score(reference, prompts, completions, args.temperature, **sizes)
@@ -582,8 +494,7 @@ if __name__ == "__main__":
         figures, rows = evaluate(
             llm, tokenizer, eval_problems, encode, num_skills=num_skills if args.skill_prefix else 0,
             num_samples=args.eval_samples * (1 if args.skill_prefix else args.max_z), temperature=args.eval_temperature,
-            max_new_tokens=args.max_new_tokens, answer_mode=args.answer_mode, seed=args.seed,
-        )
+            max_new_tokens=args.max_new_tokens, answer_mode=args.answer_mode, seed=args.seed)
         record = {"step": step, **{f"eval/{key}": value for key, value in figures.items()}}
         if rows := [row for row in rows if row["arm"] == "distinct" and row["id"] < 50]:  # enough to estimate MI
             asked, answered = [row["question"] for row in rows], [row["token_ids"] for row in rows]
@@ -672,8 +583,7 @@ if __name__ == "__main__":
                 is_weights = (old - vllm).exp().clamp(max=args.is_cap) if args.is_cap else torch.ones_like(old)
                 loss, part_sums = policy_loss(
                     logps, old, advantages[rows].to(device), part_mask, args.loss_type, args.clip_low, args.clip_high,
-                    denominator, is_weights, ref, args.kl_coef,
-                )
+                    denominator, is_weights, ref, args.kl_coef)
                 loss.backward()
                 diff = (old - vllm).abs()
                 diff_max = max(diff_max, diff.max().item())
@@ -707,7 +617,7 @@ if __name__ == "__main__":
             "losses/grad_norm": sum(grad_norms) / max(1, len(grad_norms)),
             **{f"losses/{k}": mean[k] for k in ("entropy", "kl", "approx_kl", "clip_low", "clip_high") if k in mean},
             "time/sync": t1 - t0, "time/rollout": t3 - t2,
-            "time/grading": t4 - t3, "time/mi_scoring": t5 - t4, "time/forward_backward": t6 - t5,
+            "time/grading": t4 - t3, "time/scoring": t5 - t4, "time/forward_backward": t6 - t5,
             "time/total": seconds, "memory/peak_gb": (torch.cuda.max_memory_allocated() or rss) / 1e9,
             **{f"skill/accuracy_{k + 1}": correct[z == k].float().mean().item() for k in range(num_skills)},
         }

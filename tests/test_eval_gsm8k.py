@@ -335,7 +335,7 @@ def test_command_line_errors(tmp_path):
         ([*model, "--dataset", tmp_path / "none.jsonl"], "does not exist"),
         ([*model, "--dataset", tmp_path / "bad.jsonl"], "bad.jsonl, line 2"),
         (model, "empty-model"),
-        (["--model-name", tmp_path / "nowhere", *model[2:]], "no usable model folder or model id"),
+        (["--model-name", tmp_path / "nowhere", *model[2:]], "cannot be used; give the hub id"),
     ]
     for arguments, words in cases:
         result = run(*arguments, cwd=tmp_path)
