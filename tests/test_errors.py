@@ -1,13 +1,12 @@
 """What a user can get wrong: one sentence that says what, where and what to do; exit code 2; nothing written."""
 
 import json
-import runpy
 import shutil
 import sys
 import types
 
 import pytest
-from conftest import ROOT, SMALL_RUN, TOY, training
+from conftest import TOY, stop_message, training
 from transformers import AutoTokenizer
 
 GOOD = {"question": "1 + 1?", "answer": "#### 2"}
@@ -16,15 +15,6 @@ GOOD = {"question": "1 + 1?", "answer": "#### 2"}
 def write(path, *rows):
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
-
-
-def stop_message(capsys, monkeypatch, tmp_path, *arguments):
-    """stderr of the script, run in this process with `arguments`, which must end it with exit code 2 and one line."""
-    monkeypatch.setattr(sys, "argv", [*SMALL_RUN[1:], "--output-dir", str(tmp_path / "runs"), *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(ROOT / "grpo_upskill.py"), run_name="__main__")
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
 
 
 ARGUMENTS = {
@@ -37,7 +27,7 @@ ARGUMENTS = {
     "greedy training": (["--temperature", 0], "--temperature is 0.0; it must be over 0"),
     "negative": (["--lr", -1], "--lr is -1.0; it must be at least 0"),
     "not a number": (["--kl-coef", "nan"], "--kl-coef is nan"),
-    "too few problems": (["--questions-per-step", 5000], "fewer than --questions-per-step"),
+    "too few problems": (["--questions-per-step", 5000], "fewer than the 5000 of a step; add rows"),
     "no such file": (["--dataset", "nowhere.jsonl"], "dataset file nowhere.jsonl does not exist"),
     "no such dataset": (["--dataset", "nobody/nothing"], "dataset nobody/nothing (main, train) did not load"),
     "no such model": (["--model-name", "nobody/nothing"], "nobody/nothing cannot be used; give the hub id"),

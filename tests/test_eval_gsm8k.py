@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 import eval_gsm8k as ev
 
@@ -332,6 +333,7 @@ def test_command_line_errors(tmp_path):
         ([*model, "--top-p", 0], "--top-p is 0.0"),
         ([*model, "--num-skills", 2, "--skill-prefix", "Skill: "], "{z}"),
         ([*model, "--output-dir", done], "exists already"),
+        ([*model, "--num-shots", 1], "--num-shots with a local --dataset needs --shots-dataset"),
         ([*model, "--dataset", tmp_path / "none.jsonl"], "does not exist"),
         ([*model, "--dataset", tmp_path / "bad.jsonl"], "bad.jsonl, line 2"),
         (model, "empty-model"),
@@ -342,6 +344,13 @@ def test_command_line_errors(tmp_path):
         assert result.returncode == 2 and "Traceback" not in result.stderr, (arguments, result.stderr)
         assert "error: " in result.stderr and words in result.stderr, (arguments, result.stderr)
     assert not (tmp_path / "out").exists() and not (tmp_path / "runs").exists()
+
+
+def test_worked_examples():
+    problem = {"question": "1 + 1?", "answer": "1 + 1 = <<1+1=2>>2\n#### 2", "gold": "2"}
+    assert ev.worked_examples([problem], "Think.") == [("1 + 1?", "1 + 1 = 2\n#### 2")]
+    tags = "<reasoning>\n1 + 1 = 2\n</reasoning>\n<answer>\n2\n</answer>"
+    assert ev.worked_examples([problem], "Put the number into <answer> tags.") == [("1 + 1?", tags)]
 
 
 def test_import_is_light():
@@ -400,6 +409,7 @@ def test_toy_model_on_vllm(tmp_path):
     arguments = [ROOT / "eval_gsm8k.py", "--model-name", TOY / "model", "--dataset", TOY / "test.jsonl"]
     arguments += ["--limit", 20, "--num-samples", 2, "--num-skills", 3, "--temperature", 0.8, "--max-new-tokens", 60]
     arguments += ["--seed", 1, "--system-prompt", "", "--output-dir", tmp_path / "out"]
+    arguments += ["--num-shots", 1, "--shots-dataset", TOY / "train.jsonl"]
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     command = [sys.executable, "-c", DRIVER, *map(str, arguments)]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
@@ -415,13 +425,19 @@ def test_toy_model_on_vllm(tmp_path):
     keys = {"id", "arm", "z", "question", "prompt_token_ids", "token_ids", "completion", "finish_reason", "gold"}
     for r in rows:
         assert set(r) == keys | {"answer", "correct", "correct_strict", "correct_flexible"}
-        assert problems[r["id"]] == {"question": r["question"], "gold": r["gold"]}
+        assert (problems[r["id"]]["question"], problems[r["id"]]["gold"]) == (r["question"], r["gold"])
         assert (r["finish_reason"] == "length") == (len(r["token_ids"]) == 60) or r["finish_reason"] == "stop"
         assert r["answer"] == ev.extract_answer(r["completion"], "auto") and "<|" not in r["completion"]
         assert r["correct"] == ev.is_correct(r["answer"], r["gold"])
         assert r["correct_strict"] == (ev.extract_answer(r["completion"], "strict") == r["gold"])
     prompts = {(r["id"], r["z"]): tuple(r["prompt_token_ids"]) for r in rows}
     assert len(set(prompts.values())) == 60  # each skill of each question has its own prompt
+    ((question, answer),) = ev.worked_examples(ev.load_problems(str(TOY / "train.jsonl"), "", "")[:1], "")
+    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
+    for prompt in prompts.values():
+        assert tokenizer.decode(prompt).startswith(
+            f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}"
+        )
     assert figures["pass@1"] == pytest.approx(np.mean([r["correct"] for r in main])) and figures["pass@1"] > 0
     assert figures["pass@1_low"] < figures["pass@1"] < figures["pass@1_high"]
     assert figures["pass@1"] <= figures["pass@2"] <= figures["pass@3"]

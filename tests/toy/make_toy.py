@@ -52,21 +52,46 @@ CHAT_TEMPLATE = (
 )
 # Five surface styles. {n} name, {o} object, {b} number. Index: SURFACES[surface][op].
 SURFACES = (
-    {"start": "{n} has {b} {o}.", "+": "{n} buys {b} more.", "-": "{n} gives away {b}.",
-     "x": "A game makes it {b} times as many.", "?": "A trick of {b} is done to the {o}.",
-     "end": "How many {o} does {n} have now?"},
-    {"start": "There are {b} {o} in the box of {n}.", "+": "Then {b} {o} are added.", "-": "Then {b} {o} are removed.",
-     "x": "Then the number of {o} grows {b} times.", "?": "Then a trick of {b} is done to the box.",
-     "end": "How many {o} are in the box?"},
-    {"start": "{n} starts with {b} {o}.", "+": "A friend gives {n} {b} more.", "-": "A friend takes {b} of them.",
-     "x": "A friend makes it {b} times as many.", "?": "A friend does a trick of {b} to the {o}.",
-     "end": "How many {o} are there at the end?"},
-    {"start": "On Monday {n} owns {b} {o}.", "+": "The next day {n} finds {b} more.",
-     "-": "The next day {n} loses {b}.", "x": "The next day {n} has {b} times as many.",
-     "?": "The next day brings a trick of {b}.", "end": "How many {o} does {n} own in the end?"},
-    {"start": "A bag holds {b} {o}.", "+": "{n} puts in {b} {o}.", "-": "{n} takes out {b} {o}.",
-     "x": "{n} fills it with {b} times as many.", "?": "{n} does a trick of {b} to the bag.",
-     "end": "How many {o} does the bag hold?"},
+    {
+        "start": "{n} has {b} {o}.",
+        "+": "{n} buys {b} more.",
+        "-": "{n} gives away {b}.",
+        "x": "A game makes it {b} times as many.",
+        "?": "A trick of {b} is done to the {o}.",
+        "end": "How many {o} does {n} have now?",
+    },
+    {
+        "start": "There are {b} {o} in the box of {n}.",
+        "+": "Then {b} {o} are added.",
+        "-": "Then {b} {o} are removed.",
+        "x": "Then the number of {o} grows {b} times.",
+        "?": "Then a trick of {b} is done to the box.",
+        "end": "How many {o} are in the box?",
+    },
+    {
+        "start": "{n} starts with {b} {o}.",
+        "+": "A friend gives {n} {b} more.",
+        "-": "A friend takes {b} of them.",
+        "x": "A friend makes it {b} times as many.",
+        "?": "A friend does a trick of {b} to the {o}.",
+        "end": "How many {o} are there at the end?",
+    },
+    {
+        "start": "On Monday {n} owns {b} {o}.",
+        "+": "The next day {n} finds {b} more.",
+        "-": "The next day {n} loses {b}.",
+        "x": "The next day {n} has {b} times as many.",
+        "?": "The next day brings a trick of {b}.",
+        "end": "How many {o} does {n} own in the end?",
+    },
+    {
+        "start": "A bag holds {b} {o}.",
+        "+": "{n} puts in {b} {o}.",
+        "-": "{n} takes out {b} {o}.",
+        "x": "{n} fills it with {b} times as many.",
+        "?": "{n} does a trick of {b} to the bag.",
+        "end": "How many {o} does the bag hold?",
+    },
 )
 
 

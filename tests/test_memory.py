@@ -1,0 +1,391 @@
+"""grpo_knn_memory.py: format rewards, the episodic memory, intrinsic rewards, the encoder, and runs.
+
+B1..B22 are the defects of the original code (its run_gsm8k.py, rewards and trainer) that a test here would catch; what
+belongs to the skeleton (padding B14, truncated prompts B15, temperature B16, bf16 B17, seeds B18, EOS masks B19) is
+tested in test_logprobs.py, test_engine.py and test_resume.py.
+"""
+
+import collections
+import json
+import random
+import re
+import time
+
+import pytest
+import torch
+from conftest import ENCODER, MEMORY_RUN, TOY, stop_message, training
+
+from grpo_knn_memory import EpisodicMemory, embed, format_rewards, memory_rewards
+
+# ---- format rewards --------------------------------------------------------------------------------------------------
+BLOCK = "<reasoning>\n{}\n</reasoning>\n<answer>\n{}\n</answer>"  # as the prompt asks
+# text: the original's (xml count, soft, strict, int, correct) in its weights, then ours
+TABLE = {
+    "72": ([0, 0, 0, 0.5, 1], [0, 0, 0, 0]),  # B9: a bare number is no answer
+    BLOCK.format("a\nb" * 13 + "c", 72): ([0.414, 0, 0, 0.5, 1], [0.5, 0.5, 0.5, 0.5]),  # 87 characters: B10, B11
+    BLOCK.format("a\nb" * 141 + "c", 72): ([0.030, 0, 0, 0.5, 1], [0.5, 0.5, 0.5, 0.5]),  # 471 characters: B11
+    BLOCK.format("a\nb" * 141 + "c", 72) + "\n": ([0.5, 0, 0, 0.5, 1], [0.5, 0.5, 0.5, 0.5]),
+    BLOCK.format("one line", 72) + "\n": ([0.5, 0, 0.5, 0.5, 1], [0.5, 0.5, 0.5, 0.5]),
+    "<reasoning>so</reasoning><answer>72</answer>": ([0, 0.5, 0, 0.5, 1], [0, 0.5, 0, 0.5]),
+    "<answer>\n$72\n</answer>": ([0.126, 0, 0, 0, 0], [0.125, 0, 0, 0.5]),  # "$72" is an integer
+    BLOCK.format("x", 72) + "\nten chars.": ([0.48, 0, 0, 0.5, 1], [0.489, 0.5, 0, 0.5]),
+    BLOCK.format("x", "2,125"): ([0.5 - 0.050, 0, 0.0, 0, 0], [0.5, 0.5, 0.5, 0.5]),  # B12
+    BLOCK.format("x", 72) + "\n" + "blah " * 20 + "\n</answer>": (
+        [0.265, 0, 0, 0.5, 1],
+        [0.375, 0.5, 0, 0.5],
+    ),  # hiding
+    "": ([0, 0, 0, 0, 0], [0, 0, 0, 0]),
+    "<answer>7.5</answer>": ([0, 0, 0, 0, 0], [0, 0, 0, 0]),
+    "<answer>seven</answer>": ([0, 0, 0, 0, 0], [0, 0, 0, 0]),
+}
+
+
+@pytest.mark.parametrize("text", TABLE, ids=range(len(TABLE)))
+def test_format_rewards(text):
+    def weighted(compat):
+        right, integer, strict, soft, share = format_rewards(text, "some steps\n#### 72", compat)
+        return [0.5 * share, 0.5 * soft, 0.5 * strict, 0.5 * integer, float(right)]
+
+    original, ours = TABLE[text]
+    assert weighted(True) == pytest.approx(original)
+    assert weighted(False)[:4] == pytest.approx(ours)
+
+
+def test_commas_in_the_gold_answer():
+    """B12: the original wants "2,125" to be right and "2125" to be an integer; here a number is a number."""
+    for given, right, integer in (("2,125", True, False), ("2125", False, True)):
+        rewards = format_rewards(BLOCK.format("x", given), "#### 2,125", True)
+        assert (rewards[0], rewards[1]) == (right, integer)
+        assert format_rewards(BLOCK.format("x", given), "#### 2,125", False)[1]
+
+
+@pytest.mark.parametrize(
+    "text", ["<reasoning>" * 3000, "<reasoning>\n" * 3000, BLOCK * 400, "\n" * 50_000, "a" * 50_000]
+)
+def test_hostile_texts_do_not_hang(text):
+    started = time.perf_counter()
+    format_rewards(text, "#### 1", True)
+    format_rewards(text, "#### 1", False)
+    assert time.perf_counter() - started < 2
+
+
+# ---- the memory ------------------------------------------------------------------------------------------------------
+def unit(*rows):
+    return torch.nn.functional.normalize(torch.tensor(rows, dtype=torch.float), dim=-1)
+
+
+def random_units(n, d, seed):
+    return torch.nn.functional.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def memory(d=8, max_keys=100, max_values=100, norm_window=1000, **kwargs):
+    return EpisodicMemory(d, max_keys, max_values, norm_window, **kwargs)
+
+
+def test_eviction_keeps_keys_and_answers_together():
+    """B6: many evictions of questions and answers; every question still finds itself, its newest answers, their sum."""
+    bank, keys, rng, added = memory(max_keys=7, max_values=3), random_units(60, 8, 0), random.Random(0), {}
+    for step, answer in enumerate(random_units(400, 8, 1)):
+        i = min(59, rng.randint(0, 2 + step // 7))
+        if f"q{i}" not in added and len(added) == 7:
+            del added[next(iter(added))]
+        added.setdefault(f"q{i}", collections.deque(maxlen=3)).append(answer)
+        bank.add(f"q{i}", keys[i], answer)
+    assert list(bank.entries) == list(added) and bank.index.ntotal == 7
+    for question, answers in added.items():
+        (entry,) = bank.nearest(keys[int(question[1:])], 1)
+        assert entry is bank.entries[question] and len(entry["answers"]) == len(answers)
+        assert all(torch.equal(a, b) for a, b in zip(entry["answers"], answers))
+        torch.testing.assert_close(entry["sum"], torch.stack(list(answers)).double().sum(0), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("k", [1, 5, 50])
+def test_nearest_equals_brute_force(k):
+    bank, keys = memory(d=16, max_keys=30), random_units(40, 16, 0)
+    for i, key in enumerate(keys):
+        bank.add(f"q{i}", key, key)
+    for query in random_units(20, 16, 1):
+        order = (keys[10:] @ query).argsort(descending=True)[:k]  # the first ten made room
+        found = [next(q for q, entry in bank.entries.items() if entry is e) for e in bank.nearest(query, k)]
+        assert found == [f"q{10 + i}" for i in order.tolist()]
+
+
+def test_state_survives_torch_save(tmp_path):
+    """B8: what a checkpoint keeps (weights_only) gives the same neighbours and the same rewards from then on."""
+    bank, keys, answers = memory(max_keys=5, max_values=2, norm_window=6), random_units(9, 8, 0), random_units(30, 8, 1)
+    for i, answer in enumerate(answers):
+        bank.add(f"q{i % 9}", keys[i % 9], answer)
+    bank.window.extend([0.1, 0.9])
+    stacked = {question: entry | {"answers": torch.stack(entry["answers"])} for question, entry in bank.entries.items()}
+    torch.save((stacked, list(bank.window)), tmp_path / "state.pt")
+    entries, scores = torch.load(tmp_path / "state.pt", weights_only=True)
+    again = memory(max_keys=5, max_values=2, norm_window=6, entries=entries, scores=scores)
+    for step in range(4):
+        new = random_units(6, 8, 2 + step)
+        batch = [f"q{i}" for i in range(6)], keys[:6], new, torch.arange(6) % 2 == 0, "explore", "loo", 2
+        found = memory_rewards(bank, *batch)
+        assert torch.equal(found, memory_rewards(again, *batch)) and not found.isnan().any()
+    assert list(bank.window) == list(again.window) and len(bank.window) == 6
+
+
+# ---- intrinsic rewards -----------------------------------------------------------------------------------------------
+KEY, OTHER = unit([1, 0, 0, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0, 0, 0])
+
+
+def scores_of(bank, questions, keys, answers, stored, kind, mode, k=1):
+    """Raw scores, read from the window they leave in the memory, in the order of the answers that have one."""
+    bank.window.clear()
+    rewards = memory_rewards(bank, questions, keys, answers, torch.tensor(stored), kind, mode, k)
+    return list(bank.window), rewards
+
+
+@pytest.mark.parametrize("mode", ["loo", "past", "sequential"])
+@pytest.mark.parametrize("kind", ["exploit", "explore"])
+@pytest.mark.parametrize("k", [1, 3])
+def test_scores_by_definition(kind, mode, k):
+    """d and n by brute force from the definition, over steps of some questions with two to six answers each."""
+    keys, bank, stored_so_far = random_units(5, 8, 0), memory(), []  # [(question, answer)]
+    for step in range(4):
+        questions = [i for i in range(5) if (i + step) % 2 for _ in range(2 + (i + step) % 5)]
+        answers = random_units(len(questions), 8, 10 + step)
+        stored = [(i * 7 + step) % 3 > 0 for i in range(len(questions))]
+        now = [(q, a) for q, a, s in zip(questions, answers, stored) if s]
+        expected = []
+        for i, (q, a) in enumerate(zip(questions, answers)):
+            if mode == "past":
+                seen = stored_so_far
+            elif mode == "loo":
+                mine = sum(stored[:i])  # position of i among the stored ones
+                seen = stored_so_far + [pair for j, pair in enumerate(now) if not (stored[i] and j == mine)]
+                present = {p for p, _ in stored_so_far + now}
+            else:
+                seen = stored_so_far + now[: sum(stored[: i + 1])]
+            present = present if mode == "loo" else {p for p, _ in seen}  # loo: questions stay, a itself goes
+            near = sorted(present, key=lambda p: -(keys[p] @ keys[q]).item())[:k]
+            others = [b for p, b in seen if p in near]
+            if others:
+                others = torch.stack(others)
+                d, n = (a - others.mean(0)).norm().item(), 1 - (others @ a).max().item()
+                expected.append(d if kind == "exploit" else n)
+        names = [f"q{q}" for q in questions]
+        found, _ = scores_of(bank, names, keys[questions], answers, stored, kind, mode, k)
+        assert found == pytest.approx(expected, abs=1e-5) and (expected or mode == "past" and step == 0)
+        stored_so_far += now
+
+
+def test_no_answer_meets_itself():
+    """B2: in the original every wrong answer has novelty 0, and the first right one is its own centroid."""
+    answers = random_units(6, 8, 3)
+    batch = ["q"] * 6, KEY.expand(6, -1), answers, [True] * 6
+    for mode, zero in (("loo", False), ("sequential", True)):
+        novelty, rewards = scores_of(memory(), *batch, "explore", mode)
+        assert (max(map(abs, novelty)) < 1e-6) == zero and len(novelty) == 6
+        distance, rewards = scores_of(memory(), *batch, "exploit", mode)
+        assert (abs(distance[0]) < 1e-6) == zero
+        if zero:
+            assert rewards[0] == 1.0 and (rewards[1:] < 1).all()
+    right = torch.cat([answers, random_units(1, 8, 4)])  # wrong ones are stored, and one right answer is looked at
+    found, rewards = scores_of(
+        memory(), ["q"] * 7, KEY.expand(7, -1), right, [True] * 6 + [False], "explore", "sequential"
+    )
+    assert rewards[-1] == 1.0 and rewards[:-1].max() < 0.01  # a bonus for being right
+
+
+@pytest.mark.parametrize("mode", ["loo", "past"])
+@pytest.mark.parametrize("kind", ["exploit", "explore"])
+def test_order_changes_nothing(kind, mode):
+    """B3: neither the order of a group nor that of the questions matters (in the original both do)."""
+    keys, questions = random_units(3, 8, 0), [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
+    answers, stored = random_units(12, 8, 1), torch.arange(12) % 3 > 0
+
+    def rewards(order):
+        bank = memory()
+        for i in range(3):
+            bank.add(f"q{i}", keys[i], random_units(1, 8, 100 + i)[0])
+        names = [f"q{questions[i]}" for i in order]
+        found = memory_rewards(
+            bank, names, keys[[questions[i] for i in order]], answers[order], stored[order], kind, mode, 2
+        )
+        return found[torch.tensor(order).argsort()]
+
+    straight, shuffled = rewards(list(range(12))), rewards([7, 2, 9, 0, 11, 4, 1, 8, 3, 10, 6, 5])
+    torch.testing.assert_close(straight, shuffled, atol=1e-6, rtol=0)
+    assert straight.std() > 0.05 and not straight.isnan().any()
+
+
+def test_questions_of_one_batch_are_kept_apart():
+    """B1: in the original the second question of a micro-batch is stored and scored under the first."""
+    bank, answers = memory(), random_units(4, 8, 0)
+    scores, _ = scores_of(
+        bank, ["a", "a", "b", "b"], torch.stack([KEY, KEY, OTHER, OTHER]), answers, [True] * 4, "explore", "loo"
+    )
+    assert {q: len(entry["answers"]) for q, entry in bank.entries.items()} == {"a": 2, "b": 2}
+    assert scores[2] == pytest.approx(1 - (answers[2] @ answers[3]).item(), abs=1e-6)
+
+
+def test_past_compares_with_another_question_first():
+    bank, answers = memory(), random_units(3, 8, 0)
+    assert scores_of(bank, ["a"], KEY[None], answers[:1], [True], "explore", "past")[0] == []  # nothing there yet
+    scores, _ = scores_of(bank, ["b"], OTHER[None], answers[1:2], [True], "explore", "past")
+    assert scores == pytest.approx([1 - (answers[0] @ answers[1]).item()], abs=1e-6)
+
+
+def test_same_text_in_another_batch_is_the_same_question():
+    """B7: questions are told apart by their text, not by bits of their embedding."""
+    bank = memory()
+    bank.add("q", KEY, OTHER)
+    bank.add("q", KEY + 1e-7, KEY)
+    assert len(bank.entries) == bank.index.ntotal == 1 and len(bank.entries["q"]["answers"]) == 2
+
+
+def test_scaling():
+    """B4: minimum and maximum are those of the window after the step; one score, or none, pays nothing new."""
+    a, b = unit([1, 0], [0, 1])
+    bank = EpisodicMemory(2, 10, 10, 4)
+    rewards = memory_rewards(
+        bank, ["q", "q"], torch.stack([a, a]), torch.stack([a, b]), torch.tensor([0, 0]), "explore", "loo", 1
+    )
+    assert rewards.isnan().all() and not bank.window  # empty memory: nothing to compare with
+    bank.add("q", a, a)
+    one = memory_rewards(bank, ["q"], a[None], b[None], torch.tensor([0]), "explore", "loo", 1)
+    assert one.tolist() == [0.0] and list(bank.window) == [1.0]  # minimum and maximum are equal
+    both = memory_rewards(
+        bank, ["q", "q"], torch.stack([a, a]), torch.stack([a, b]), torch.tensor([0, 0]), "explore", "loo", 1
+    )
+    assert both.tolist() == pytest.approx([0.0, 1.0], abs=1e-6)
+    near = memory_rewards(
+        bank, ["q", "q"], torch.stack([a, a]), torch.stack([a, b]), torch.tensor([0, 0]), "exploit", "loo", 1
+    )
+    assert len(bank.window) == 4 and near[0] > near[1] and 0 <= near.min() and near.max() <= 1
+
+
+# ---- a real encoder --------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def encoder():
+    """all-MiniLM-L6-v2."""
+    from transformers import AutoModel, AutoTokenizer
+
+    return AutoModel.from_pretrained(ENCODER).eval(), AutoTokenizer.from_pretrained(ENCODER)
+
+
+def test_embeddings_are_the_published_ones(encoder):
+    """Cosines that the sentence-transformers documentation prints for this model."""
+    texts = ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
+    vectors = embed(*encoder, texts, max_tokens=1000)
+    expected = torch.tensor([[1.0, 0.6660, 0.1046], [0.6660, 1.0, 0.1411], [0.1046, 0.1411, 1.0]])
+    torch.testing.assert_close(vectors @ vectors.T, expected, atol=2e-4, rtol=0)
+
+
+def test_embeddings_do_not_depend_on_the_batch_and_stop_at_max_len(encoder):
+    texts = ["", "a", "one two three " * 20, "word " * 400, "word " * 800]
+    together = embed(*encoder, texts, max_tokens=10_000)
+    alone = torch.cat([embed(*encoder, [text], max_tokens=1) for text in texts])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(5), atol=1e-6, rtol=0)
+    assert torch.equal(alone[3], alone[4])  # cut after 256 word pieces
+
+
+# ---- runs, as a user starts them -------------------------------------------------------------------------------------
+def run(folder, *arguments):
+    process = training("--output-dir", folder, *arguments, command=MEMORY_RUN)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (folder / "run" / "samples.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "global_step" in record]
+    assert all(record.get("rollout/logp_diff_max", 0.0) < 1e-4 for record in steps) and len(steps) == 3
+    return steps, samples
+
+
+def test_a_run_adds_up(tmp_path):
+    """Every reward is the weighted sum of its terms; right answers go to one memory, the rest to the other."""
+    coefs = {
+        "correct": 1.0,
+        "int": 0.5,
+        "strict": 0.5,
+        "soft": 0.5,
+        "xml": 0.5,
+        "cosine": 0.3,
+        "exploit": 0.2,
+        "explore": 0.4,
+    }
+    arguments = [
+        "--exploit-coef",
+        0.2,
+        "--explore-coef",
+        0.4,
+        "--cosine-coef",
+        0.3,
+        "--norm-window",
+        30,
+        "--num-shots",
+        2,
+    ]
+    steps, samples = run(tmp_path, *arguments)
+    for sample in samples:
+        assert sample["reward"] == pytest.approx(sum(weight * sample[name] for name, weight in coefs.items()), abs=1e-5)
+        low, high = (0.5, 1.0) if sample["correct"] else (-1.0, -0.5)
+        assert low <= sample["cosine"] <= high  # B13
+        assert 0 <= sample["exploit"] <= 1 and 0 <= sample["explore"] <= (sample["step"] > 1)  # B5: warm-up in steps
+    assert any(sample["explore"] > 0 for sample in samples)
+    for i, record in enumerate(steps):
+        wrong = sum(24 * (1 - step["charts/accuracy"]) for step in steps[: i + 1])
+        assert record["memory_bank/explore_answers"] == pytest.approx(wrong)
+        assert record["memory_bank/exploit_answers"] == pytest.approx(24 * (i + 1) - wrong)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--intrinsic", "none", "--num-shots", 1, "--answer-mode", "xml", "--kl-coef", 0],
+        ["--intrinsic-control", "shuffled", "--memory-mode", "past", "--knn-k", 3, "--lora-r", 4],
+        ["--intrinsic-control", "matched", "--memory-mode", "sequential", "--compat", "--no-drop-zero-variance"],
+    ],
+    ids=["none", "shuffled", "matched"],
+)
+def test_options(arguments, tmp_path):
+    steps, samples = run(tmp_path, *arguments)
+    groups = [[sample for sample in samples if sample["step"] == step] for step in (1, 2, 3)]
+    if "none" in arguments:
+        assert not any("exploit" in sample for sample in samples)
+        assert not any(key.startswith("memory_bank") for record in steps for key in record)
+    if "matched" in arguments:  # within a group the reward is one number for right and one for wrong answers
+        for group in groups:
+            for right in (0.0, 1.0):
+                assert len({round(s["exploit"], 6) for s in group if s["correct"] == right}) <= 1
+        assert any(s["exploit"] for s in samples) or not any(s["correct"] for s in samples)
+        assert any(s["int"] or s["xml"] for s in samples) is False  # compat: the toy writes no tags
+
+
+ERRORS = {
+    "no such encoder": (
+        ["--embed-model", "nobody/nothing"],
+        "nobody/nothing cannot be used; give the hub id or",
+    ),
+    "no neighbours": (["--knn-k", 0], "--knn-k is 0; it must be over 0"),
+    "no room": (["--max-values", 0], "--max-values is 0; it must be over 0"),
+    "too many shots": (["--num-shots", 1999], "leaves 2000 training problems, fewer than the 2003"),
+    "group of one": (["--group-size", 1], "--group-size 1 must be at least 2"),
+    "does not fit": (["--max-new-tokens", 1020], "takes only 1024; lower --max-new-tokens"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name, capsys, monkeypatch, tmp_path):
+    arguments, message = ERRORS[name]
+    error = stop_message(capsys, monkeypatch, tmp_path, *arguments, command=MEMORY_RUN)
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_shots_are_turns_of_the_chat():
+    """B18, B19: fixed examples, the same in training and evaluation, before the question and never it."""
+    from transformers import AutoTokenizer
+
+    from eval_gsm8k import encode_prompt
+
+    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
+    text = tokenizer.decode(encode_prompt(tokenizer, "q?", "be brief", shots=[("1 + 1?", "2"), ("2 + 2?", "4")]))
+    roles = re.findall(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|$)", text, re.DOTALL)
+    turns = [("system", "be brief"), ("user", "1 + 1?"), ("assistant", "2"), ("user", "2 + 2?"), ("assistant", "4")]
+    assert roles == [*turns, ("user", "q?"), ("assistant", "")]
