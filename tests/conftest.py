@@ -12,6 +12,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub: tests never reach out
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the scripts do
+if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at a time: a thread each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = pathlib.Path(__file__).parents[1]
 TOY = ROOT / "tests" / "toy"

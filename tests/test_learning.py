@@ -1,33 +1,37 @@
-"""The README's demo, shortened: UpSkill learns answers and skills on the toy; with shuffled rewards it learns nothing.
+"""The README's commands for the toy, shortened: every script learns there; with shuffled rewards nothing is learned.
 
-The toy is a toy: these margins say that the parts work together, not what the method is worth.
+The toy is a toy: these margins say that the parts work together, not what a method is worth. Shuffling is the same text
+in every script and is tried in one.
 """
 
 import json
 import re
+import shlex
+import sys
 
 import pytest
-from conftest import ROOT, TOY, training
+from conftest import ENCODER, ROOT, TOY, training
 
 README = (ROOT / "README.md").read_text()
+ARMS = {
+    "upskill": ("grpo_upskill.py", ["--num-steps", 50]),
+    "shuffled": ("grpo_upskill.py", ["--num-steps", 30, "--shuffle-rewards"]),
+    "perplexity": ("grpo_perplexity.py", ["--num-steps", 30]),
+    "memory": ("grpo_knn_memory.py", ["--num-steps", 30, "--embed-model", ENCODER]),
+}
 
 
-def readme_command():
-    """The demo's command as it stands in the README."""
-    command = re.search(r"^python (grpo_upskill\.py .*?)\n```", README, re.DOTALL | re.MULTILINE).group(1)
-    return command.replace("\\\n", " ")
+def readme_command(script):
+    """The command for the toy as it stands in the README."""
+    command = re.search(rf"^python ({script} --model-name tests/toy/model .*?)\n```", README, re.DOTALL | re.MULTILINE)
+    return [sys.executable, *shlex.split(command.group(1).replace("\\\n", " "))]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    import shlex
-    import sys
-
-    command = [sys.executable, *shlex.split(readme_command())]
     folders = {}
-    arms = {"upskill": ["--num-steps", 50], "shuffled": ["--num-steps", 30, "--shuffle-rewards"]}
-    for name, extra in arms.items():
-        folder = tmp_path_factory.mktemp(name)
+    for name, (script, extra) in ARMS.items():
+        folder, command = tmp_path_factory.mktemp(name), readme_command(script)
         process = training(*extra, "--eval-size", 150, "--output-dir", folder, "--run-name", "run", command=command)
         output = process.communicate()[0]
         assert process.returncode == 0, output
@@ -53,6 +57,19 @@ def test_shuffled_rewards_teach_nothing(folders):
     before, after = evaluations(folders["shuffled"])
     assert after["eval/pass@1"] <= before["eval/pass@1"] + 0.05
     assert after["skill/eval_mi_over_ln_n"] <= 0.15
+
+
+def test_perplexity_reward_lowers_perplexity_and_raises_accuracy(folders):
+    before, after = evaluations(folders["perplexity"])
+    assert after["eval/pass@1"] >= before["eval/pass@1"] + 0.06
+    assert after["perplexity/eval_ppl"] <= 0.8 * before["perplexity/eval_ppl"]
+    assert after["perplexity/eval_q_accuracy"] >= before["perplexity/eval_q_accuracy"] + 0.06
+    assert after["perplexity/eval_ppl_swapped"] > 10 * after["perplexity/eval_ppl"]
+
+
+def test_memory_reward_learns(folders):
+    before, after = evaluations(folders["memory"])
+    assert after["eval/pass@1"] >= before["eval/pass@1"] + 0.06
 
 
 def test_engine_and_trainer_agree_all_the_way(folders):

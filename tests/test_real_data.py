@@ -8,10 +8,11 @@ nothing; that prompts, log-probabilities, sync (with tied embeddings), evaluatio
 import json
 import os
 import pathlib
+import sys
 
 import pytest
 import torch
-from conftest import ROOT, training
+from conftest import ENCODER, ROOT, training
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from eval_gsm8k import load_problems
@@ -44,7 +45,17 @@ def test_prompts():
         )
 
 
-def test_a_step_on_gsm8k(tmp_path):
+SCRIPTS = {
+    "grpo_upskill": ["--group-size", 4, "--max-z", 2, "--system-prompt", SYSTEM],
+    "grpo_perplexity": ["--group-size", 4, "--reward-type", "accuracy", "--lora-r", 8],  # a random model writes no tags
+    "grpo_knn_memory": [
+        *("--group-size", 4, "--lora-r", 8, "--embed-model", ENCODER, "--num-shots", 1, "--explore-warmup-steps", 0)
+    ],
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_step_on_gsm8k(script, tmp_path):
     """One step of LoRA training and two evaluations of a tied model with a vocabulary of 151,936."""
     tokenizer = AutoTokenizer.from_pretrained(QWEN)
     torch.manual_seed(0)
@@ -63,29 +74,19 @@ def test_a_step_on_gsm8k(tmp_path):
     )
     Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    process = training(
-        "--model-name",
-        tmp_path / "model",
-        "--dataset",
-        GSM8K / "train.jsonl",
-        "--eval-dataset",
-        GSM8K / "test.jsonl",
-        "--system-prompt",
-        SYSTEM,
-        "--num-steps",
-        1,
-        "--max-new-tokens",
-        12,
-        "--eval-size",
-        4,
-        "--output-dir",
-        tmp_path,
-    )
+    command = [sys.executable, str(ROOT / f"{script}.py"), "--model-name", str(tmp_path / "model"), "--run-name", "run"]
+    command += ["--dataset", str(GSM8K / "train.jsonl"), "--eval-dataset", str(GSM8K / "test.jsonl")]
+    command += ["--num-steps", "1", "--max-new-tokens", "12", "--eval-size", "4", "--questions-per-step", "2"]
+    process = training(*SCRIPTS[script], "--output-dir", tmp_path, command=command)
     output = process.communicate()[0]
     assert process.returncode == 0, output
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [0, 1, 1]
-    assert records[1]["rollout/logp_diff_max"] < 1e-4
-    assert records[1]["losses/entropy"] == pytest.approx(torch.tensor(151_936.0).log().item(), abs=0.1)
+    nothing_known = torch.tensor(151_936.0).log().item()
+    if script == "grpo_perplexity":  # equal rewards: no update; the frozen model knows nothing about the answer
+        assert torch.tensor(records[0]["perplexity/eval_ppl"]).log().item() == pytest.approx(nothing_known, abs=0.2)
+    else:
+        assert records[1]["rollout/logp_diff_max"] < 1e-4
+        assert records[1]["losses/entropy"] == pytest.approx(nothing_known, abs=0.1)
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
     assert final.lm_head.weight.data_ptr() == final.model.embed_tokens.weight.data_ptr()  # still tied
