@@ -8,7 +8,7 @@ GSM8K numbers depend on prompt and extraction as much as on the model, so each c
 `--answer-mode`, and by the strict-match and the flexible-extract rule of lm-evaluation-harness (task gsm8k, version 3).
 Skills: the arm "distinct" asks each z once a round; the arm "iid" draws z uniformly for each of as many completions.
 Their difference in pass@N is what *distinct* z adds to sampling from the same mixture.
-Left out: few-shot prompts, LoRA adapter folders (evaluate the merged `final/`), answers that are not numbers.
+Left out: LoRA adapter folders (evaluate the merged `final/`), answers that are not numbers.
 """
 
 import json
@@ -263,7 +263,7 @@ def question_scores(rows: list[dict]) -> dict[str, np.ndarray]:
 
 def fail(message: str):
     """End the program the way every user error ends here: one sentence on stderr, exit code 2."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 

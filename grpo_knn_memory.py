@@ -1,7 +1,7 @@
 """Memory-R (Le et al. 2025, arXiv 2504.02273): GRPO for tiny LLMs, with rewards from a memory of their own answers.
 
-One memory keeps right answers, one wrong ones, embedded, by question. An answer a is compared with B, all that is
-stored under the K questions nearest to its own:
+Two memories, of right and of wrong answers, keep embeddings of their reasoning by question. An answer's embedding a is
+compared with B, all that is stored under the K questions nearest to its own, itself included:
 
     r_exploit = 1 - (d - d_min) / (d_max - d_min),   d = || a - mean of B ||,            B from the right answers
     r_explore = (n - n_min) / (n_max - n_min),       n = 1 - max over b in B of a . b,   B from the wrong answers
@@ -10,7 +10,7 @@ stored under the K questions nearest to its own:
 authors' code (--memory-mode sequential) it does not, so that r_explore is 0 for all that is wrong.
 
 Left out: value network, several GPUs, multi-turn, 4-bit weights, the authors' entropy, tree and sentence-level rewards.
-Not yet run on a GPU; what it reached without stands in README.md.
+Not yet run on a GPU; results without one are in README.md.
 
     python grpo_knn_memory.py --model-name Qwen/Qwen2.5-0.5B-Instruct     # all weights, meant for one 80 GB GPU
 """
@@ -60,8 +60,8 @@ class Args:
     dataset: str = "openai/gsm8k"  # training problems: hub id, or a .jsonl with `question` and `answer` ("... #### 72")
     dataset_config: str = "main"  # configuration of a hub dataset (unused for local files)
     eval_dataset: str = ""  # evaluation problems (empty: the test split; a local file gives up its last tenth)
-    system_prompt: str = ("Answer in this format:\n<reasoning>\nyour steps\n</reasoning>\n"
-                          "<answer>\nonly the number\n</answer>")  # empty: none
+    system_prompt: str = (  # empty: none
+        "Answer in this format:\n<reasoning>\nyour steps\n</reasoning>\n<answer>\nonly the number\n</answer>")
     num_shots: int = 0  # worked examples in every prompt: the first training problems, which are not trained on then
     # rollout
     num_steps: int = 500  # training steps, each one rollout
@@ -84,9 +84,9 @@ class Args:
     intrinsic_control: Literal["none", "shuffled", "matched"] = "none"  # placebos, see the reward block
     correct_coef: float = 1.0  # weight of the right number
     int_coef: float = 0.5  # an integer between the answer tags
-    strict_coef: float = 0.5  # the format line by line
-    soft_coef: float = 0.5  # the same tags in the same order
-    xml_coef: float = 0.5  # share of the four tags that occur once
+    strict_coef: float = 0.5  # <reasoning>, steps, </reasoning>, <answer>, number, </answer>, on lines of their own
+    soft_coef: float = 0.5  # the same from the start, with any white space, and text behind allowed
+    xml_coef: float = 0.5  # share of the four tags that stand once, less .002 a character behind the last
     cosine_coef: float = 0.0  # length baseline: right answers should be short, wrong ones long
     compat: bool = False  # grade as the authors' code does, see format_rewards
     shuffle_rewards: bool = False  # negative control: permute the rewards of a step, so that nothing can be learned
@@ -100,14 +100,14 @@ class Args:
     mask_truncated: bool = False  # leave completions that hit max_new_tokens out of the loss
     drop_zero_variance: bool = True  # leave groups whose rewards are all equal out of the loss and of its denominator
     # optimizer
-    lr: float = 1e-6  # peak; 5e-6 in the paper, on bf16 weights that lose most of it
+    lr: float = 1e-6  # peak; 5e-6 in the paper, on bf16 weights that lose most of each update
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"  # decay to zero after the warm-up, or none
     warmup_steps: int = 50  # linear warm-up, in steps
     weight_decay: float = 0.1  # AdamW's decoupled weight decay
     max_grad_norm: float = 0.1  # gradient norm clip (0.1 in the original code); 0: none
     update_epochs: int = 1  # passes over a rollout
     num_minibatches: int = 1  # optimizer steps per pass
-    # memory
+    # GPU memory
     max_tokens_per_microbatch: int = 16384  # padded tokens in one forward-backward; halve it when out of memory
     head_chunk: int = 1024  # tokens for which logits [head_chunk, vocabulary] exist at a time
     gradient_checkpointing: bool = True  # recompute activations in the backward pass (GPU only)
@@ -125,13 +125,13 @@ class Args:
 
 # ---- Reward ----------------------------------------------------------------------------------------------------------
 def format_rewards(text: str, solution: str, compat: bool) -> list[float]:
-    """[right as a string, integer, strict and soft format, share of tags less .002 a character behind them] of a text.
+    """[equals the gold string, integer, strict, soft, xml] of a text; xml: share of tags less .002 a character behind.
 
     compat: as in the authors' code, a text without tags is all answer, `.` stops at a line's end (so steps on several
     lines have no format), and a text that does not end in a newline is charged for every character.
     """
     given, gold = text.split("<answer>")[-1].split("</answer>")[0].strip(), solution.split("####")[-1].strip()
-    number = to_number(given) if "<answer>" in text else None
+    number = to_number(given) if "<answer>" in text and "</answer>" in text else None
     integer = given.isdigit() if compat else number is not None and number.denominator == 1
     text = text if compat else text.strip() + "\n"
     inner = r".*?" if compat else r"(?:(?!</?(?:reasoning|answer)>)[\s\S])*?"
@@ -144,9 +144,9 @@ def format_rewards(text: str, solution: str, compat: bool) -> list[float]:
 
 
 @torch.no_grad()
-def embed(encoder, tokenizer, texts: list[str], max_tokens: int, max_len: int = 256) -> torch.Tensor:
-    """Unit vectors [len(texts), d] in fp32: the mean of the encoder's last layer over a text's first max_len tokens."""
-    ids = tokenizer(texts, truncation=True, max_length=max_len)["input_ids"]
+def embed(encoder, tokenizer, texts: list[str], max_tokens: int) -> torch.Tensor:
+    """Unit vectors [len(texts), d] in fp32: the mean of the encoder's last layer over a text's first 256 tokens."""
+    ids = tokenizer(texts, truncation=True, max_length=256)["input_ids"]
     vectors = torch.empty(len(texts), encoder.config.hidden_size)
     for rows in micro_batches(list(map(len, ids)), max_tokens):
         batch = tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt").to(encoder.device)
@@ -202,21 +202,21 @@ def memory_rewards(memory, questions, keys, answers, stored, kind: str, mode: st
     """
     rows = list(zip(questions, keys, answers, stored, strict=True))
     if mode == "sequential" and len(rows) > 1:
-        return torch.cat([memory_rewards(memory, *zip(row, strict=True), kind, mode, k) for row in rows])
+        return torch.cat([memory_rewards(memory, *([x] for x in row), kind, mode, k) for row in rows])
     new = [row[:3] for row in rows if row[3]]
     for row in new if mode != "past" else []:
         memory.add(*row)
-    scores, found = torch.full([len(rows)], math.nan), {}
+    scores, cache = torch.full([len(rows)], math.nan), {}
     for i, (question, key, a, _) in enumerate(rows):
-        if question not in found:
+        if question not in cache:
             entries = memory.nearest(key, k)
-            others = [b for entry in entries for b in entry["answers"]]
-            found[question] = others, torch.stack(others) if others else None, sum(entry["sum"] for entry in entries)
-        others, matrix, total = found[question]
-        other = torch.tensor([mode != "loo" or b is not a for b in others], dtype=torch.bool)
-        if other.any():
-            mean = (total - a * (~other).sum()) / other.sum()
-            scores[i] = (a - mean).norm() if kind == "exploit" else 1 - (matrix[other] @ a).max()
+            stored = [b for entry in entries for b in entry["answers"]]
+            cache[question] = stored, torch.stack(stored) if stored else None, sum(entry["sum"] for entry in entries)
+        stored, matrix, total = cache[question]
+        keep = torch.tensor([mode != "loo" or b is not a for b in stored], dtype=torch.bool)  # add() kept a, no copy
+        if keep.any():
+            mean = (total - a * (~keep).sum()) / keep.sum()
+            scores[i] = (a - mean).norm() if kind == "exploit" else 1 - (matrix[keep] @ a).max()
     for row in new if mode == "past" else []:
         memory.add(*row)
     valid = scores[~scores.isnan()].tolist()
@@ -511,7 +511,7 @@ if __name__ == "__main__":
             encoder = AutoModel.from_pretrained(args.embed_model, dtype=torch.float32, use_safetensors=True).eval()
             embed(encoder, embed_tokenizer, ["a", "a b"], 512)
         except Exception as error:  # such errors have no common base class
-            fail(f"{args.embed_model} cannot be used; give the hub id or folder of an encoder ({str(error)[:200]!r}).")
+            fail(f"{args.embed_model} or faiss cannot be used; give an encoder's id or folder ({str(error)[:200]}).")
 
     # run folder: the same --run-name goes on where it stopped, with the same arguments or not at all
     default = f"{Path(__file__).stem}__{Path(args.model_name).name}__{args.seed}__{int(time.time())}"
@@ -551,7 +551,7 @@ if __name__ == "__main__":
         (run_dir / "args.tmp").rename(args_path)
     state = load_checkpoint(run_dir / "checkpoints", policy, optimizer) or {"step": 0, "logged": (0, 0)}
     memories = {}
-    for kind in {"none": (), "both": ("exploit", "explore")}.get(args.intrinsic, (args.intrinsic,)):
+    for kind in [kind for kind in ("exploit", "explore") if args.intrinsic in (kind, "both")]:
         d = encoder.to(device).config.hidden_size
         memories[kind] = EpisodicMemory(d, args.max_keys, args.max_values, args.norm_window, *state.get(kind, ()))
     for path, size in zip((metrics_path, samples_path), state["logged"], strict=True):
@@ -576,8 +576,8 @@ if __name__ == "__main__":
         figures, _ = evaluate(
             llm, tokenizer, eval_problems, encode, num_samples=args.eval_samples, temperature=args.eval_temperature,
             max_new_tokens=args.max_new_tokens, answer_mode=args.answer_mode, seed=args.seed)
-        figures = {f"eval/{key}": value for key, value in figures.items()}
-        log({"step": step, **figures, "time/eval": time.perf_counter() - started})
+        record = {"step": step, **{f"eval/{key}": value for key, value in figures.items()}}
+        log(record | {"time/eval": time.perf_counter() - started})
 
     bar = tqdm(range(state["step"], args.num_steps), initial=state["step"], total=args.num_steps, disable=None)
     for step in bar:
@@ -619,13 +619,13 @@ if __name__ == "__main__":
         rewards = sum(getattr(args, f"{name}_coef") * term for name, term in terms.items())  # [B]
         terms["task"], t4 = rewards, time.perf_counter()
         if args.intrinsic != "none":
-            steps = [text.split("<reasoning>")[-1].split("</reasoning>")[0].strip() for text in texts]  # no tags: all
-            vectors = embed(encoder, embed_tokenizer, questions[:: args.group_size] + steps, sizes["max_tokens"])
+            reasonings = [text.split("<reasoning>")[-1].split("</reasoning>")[0].strip() for text in texts]
+            vectors = embed(encoder, embed_tokenizer, questions[:: args.group_size] + reasonings, sizes["max_tokens"])
             keys, vectors = vectors[: -len(batch)].repeat_interleave(args.group_size, 0), vectors[-len(batch) :]
             embedding = time.perf_counter() - t4
             right = correct.view(-1, args.group_size)
             for kind, memory in memories.items():
-                stored = correct == (kind == "exploit")
+                stored = correct if kind == "exploit" else ~correct
                 r = memory_rewards(memory, questions, keys, vectors, stored, kind, args.memory_mode, args.knn_k)
                 r = r.view(right.shape)
                 r = torch.where(r.isnan(), r.nanmean(1, True), r).nan_to_num()  # nothing to compare with: neutral
@@ -724,7 +724,7 @@ if __name__ == "__main__":
                 row = {"step": step + 1, "question": questions[i], "completion": texts[i],
                        "gold": batch[i]["gold"], "answer": answers[i], "finish_reason": samples[i]["finish_reason"]}
                 file.write(json.dumps(row | {key: value[i].item() for key, value in terms.items()}) + "\n")
-        shown = ("charts/accuracy", "charts/reward", "memory_bank/explore_answers", "charts/length", "time/total")
+        shown = ("charts/accuracy", "charts/reward", "terms/task", "charts/length", "time/total")
         line = "  ".join(f"{key.split('/')[1]} {record[key]:.3f}" for key in shown if key in record)
         print(f"step {step + 1}/{args.num_steps}  {line}", flush=True) if bar.disable else bar.set_postfix_str(line)
 

@@ -1,16 +1,17 @@
 """GRPO with a perplexity reward: reasoning is good if it makes a frozen LM expect the known answer.
 
-The policy reads a question x and writes reasoning c and an answer, which the reward ignores. A frozen LM q (the policy
-as it was at the start, or --reward-model) reads x and c and says how probable the gold answer y is:
+The policy reads a question x and writes reasoning c and an answer, which the reward ignores. A frozen LM q (the judge:
+the policy as it was at the start, or --reward-model) reads x and c and says how probable the gold answer y is:
 
-    l_t = log q(y_t | x, c, y_<t),   b_t the same with no reasoning in the same template,   PPL = exp(-mean over t)
-    r   = alpha / PPL_c + (1 - alpha) max(0, 1 - PPL_c / PPL_b)                             (--reward-type hybrid)
+    l_t = log q(y_t | x, c, y_<t),   b_t the same with no reasoning in the same template
+    PPL_c = exp(-mean l),   PPL_b = exp(-mean b)
+    r = alpha / PPL_c + (1 - alpha) max(0, 1 - PPL_c / PPL_b)                               (--reward-type hybrid)
 
 So a task needs reference answers and no verifier. Nine other rewards of the literature are a flag away (VR-CLI, RLPR,
 VeriFree, NOVER, ...), and --reward-type accuracy is the control arm: the same GRPO, paid for right answers.
 
 Left out: value network, several GPUs, multi-turn, 4-bit weights, and a q that is trained along (then the gradient has a
-second term, see VeriFree and JEPO). Not yet run on a GPU; what it reached without stands in README.md.
+second term, see VeriFree and JEPO). Not yet run on a GPU; results without one are in README.md.
 
     python grpo_perplexity.py --model-name Qwen/Qwen2.5-7B-Instruct       # LoRA, meant for one 80 GB GPU
 """
@@ -60,8 +61,9 @@ class Args:
     dataset: str = "openai/gsm8k"  # training problems: hub id, or a .jsonl with `question` and `answer` ("... #### 72")
     dataset_config: str = "main"  # configuration of a hub dataset (unused for local files)
     eval_dataset: str = ""  # evaluation problems (empty: the test split; a local file gives up its last tenth)
-    system_prompt: str = ("Solve the problem step by step between <think> and </think>. "
-                          "Then write only the final number between <answer> and </answer>.")  # empty: none
+    system_prompt: str = (  # empty: none
+        "Solve the problem step by step between <think> and </think>. "
+        "Then write only the final number between <answer> and </answer>.")
     # rollout
     num_steps: int = 500  # training steps, each one rollout
     questions_per_step: int = 16  # questions per rollout
@@ -70,12 +72,13 @@ class Args:
     temperature: float = 1.0  # sampling temperature; log-probabilities are taken at the same temperature
     answer_mode: Literal["strict", "flexible", "boxed", "xml", "auto"] = "auto"  # see eval_gsm8k.extract_answer
     # perplexity
-    reward_type: Literal["accuracy", "absolute", "relative", "hybrid", "vr_cli", "logprob", "logprob_sum", "gain",
-                         "prob", "rlpr", "nover"] = "hybrid"  # see perplexity_rewards; accuracy: 1 for a right answer
+    reward_type: Literal[  # see perplexity_rewards; accuracy: 1 for a right answer (the control)
+        "accuracy", "absolute", "relative", "hybrid", "vr_cli", "logprob", "logprob_sum", "gain", "prob", "rlpr",
+        "nover"] = "hybrid"
     hybrid_alpha: float = 0.5  # weight of 1 / PPL_c in the hybrid reward; the rest is the relative gain's
     reward_model: str = ""  # frozen chat model that scores, hub id or folder (empty: the policy as it was at the start)
     template: str = "<think>\n{reasoning}\n</think>\n<answer>\n{answer}\n</answer>"  # of a completion
-    target: Literal["answer", "solution", "solution_answer"] = "answer"  # the gold text that is scored
+    target: Literal["answer", "solution", "solution_answer"] = "answer"  # scored gold text
     strip_final: bool = False  # drop a last sentence "the answer is ..." from the reasoning before it is scored
     shuffle_rewards: bool = False  # negative control: permute the rewards of a step, so that nothing can be learned
     # loss
@@ -83,7 +86,7 @@ class Args:
     clip_low: float = 0.2  # ratio is clipped below at 1 - clip_low
     clip_high: float = 0.28  # ratio is clipped above at 1 + clip_high (clip-higher, DAPO)
     advantage_scale: Literal["group", "batch", "none"] = "group"  # whose std divides centred rewards (none: Dr. GRPO)
-    kl_coef: float = 0.0  # weight of the k3 estimate of KL(policy || start) in the loss; the paper's runs used 0.04
+    kl_coef: float = 0.0  # weight of the k3 estimate of KL(policy || start) in the loss
     is_cap: float = 2.0  # truncated importance sampling: token weights min(p_trainer / p_vllm, is_cap); 0: none
     mask_truncated: bool = False  # leave completions that hit max_new_tokens out of the loss
     min_group_std: float = 0.01  # leave groups out whose rewards have a smaller std: scaled to 1, it would be noise
@@ -92,10 +95,10 @@ class Args:
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"  # decay to zero after the warm-up, or none
     warmup_steps: int = 50  # linear warm-up, in steps
     weight_decay: float = 0.1  # AdamW's decoupled weight decay
-    max_grad_norm: float = 0.1  # gradient norm clip (0.1 in the original code); 0: none
+    max_grad_norm: float = 0.1  # gradient norm clip; 0: none
     update_epochs: int = 1  # passes over a rollout
     num_minibatches: int = 1  # optimizer steps per pass
-    # memory
+    # GPU memory
     max_tokens_per_microbatch: int = 16384  # padded tokens in one forward-backward; halve it when out of memory
     head_chunk: int = 1024  # tokens for which logits [head_chunk, vocabulary] exist at a time
     gradient_checkpointing: bool = True  # recompute activations in the backward pass (GPU only)
@@ -112,17 +115,17 @@ class Args:
 
 
 # ---- Reward ----------------------------------------------------------------------------------------------------------
-def split_reasoning(text: str, template: str, markers: tuple[str, ...] = (), strip_final: bool = False) -> str | None:
+def split_reasoning(text: str, template: str, stops: tuple[str, ...] = (), strip_final: bool = False) -> str | None:
     """The reasoning c of a completion, between the template's marks before and after {reasoning}; None: there is none.
 
-    It ends early at any of `markers`: tags and role tokens that the scoring LM would take for the end of the reasoning.
+    It ends early at any of `stops`: tags and role tokens that the judge would take for the end of the reasoning.
     strip_final drops a last sentence that announces the answer ("The final answer is 1.5.").
     """
     opening, cue, _ = re.split(r"\{reasoning\}|\{answer\}", template)
     opening, cue = opening.strip().split("\n")[-1], cue.strip().split("\n")[0]
     start = text.find(opening) + len(opening) if opening in text else len(text)
     reasoning, closed, _ = text[start:].partition(cue)
-    reasoning = re.split("|".join(map(re.escape, markers)), reasoning)[0] if markers else reasoning
+    reasoning = re.split("|".join(map(re.escape, stops)), reasoning)[0] if stops else reasoning
     last = re.split(r"(?<=[.!?])\s+|\n", reasoning.strip())[-1]  # sentence
     if strip_final and re.search(r"\banswer(?: is|:)", last, re.IGNORECASE):
         reasoning = reasoning.strip().removesuffix(last)
@@ -139,15 +142,15 @@ def perplexity_rewards(logps, base_logps, lens, reasoning_lens, group_size: int,
     mask, valid = torch.arange(logps.shape[1]) < lens[:, None], reasoning_lens > 0
     logps, base_logps = (x.double().masked_fill(~mask, 0.0) for x in (logps, base_logps))
     mean, base_mean = ((x.sum(1) / lens).clamp(min=-20) for x in (logps, base_logps))
-    gain = 1 - (base_mean - mean).exp()  # 1 - PPL_c / PPL_b
+    relative = 1 - (base_mean - mean).exp()  # 1 - PPL_c / PPL_b
     flat = (-mean / (1 + reasoning_lens.clamp(min=1).log10())).masked_fill(~valid, math.inf).view(-1, group_size)
     rank = (flat[:, :, None] > flat[:, None, :]).sum(-1)  # by PPL_c^(1/N), N = 1 + log10 |c|, 0 is best
     num_valid = valid.view(-1, group_size).sum(1, keepdim=True).clamp(min=1)
     rewards = {
         "absolute": mean.exp(),  # 1 / PPL_c
-        "relative": gain.clamp(min=0),
-        "hybrid": alpha * mean.exp() + (1 - alpha) * gain.clamp(min=0),
-        "vr_cli": 0.5 * (gain >= 0.0005) + 0.4 * (gain >= 0.01) + 0.1 * (gain >= 0.02),  # arXiv 2503.22828
+        "relative": relative.clamp(min=0),
+        "hybrid": alpha * mean.exp() + (1 - alpha) * relative.clamp(min=0),
+        "vr_cli": 0.5 * (relative >= 0.0005) + 0.4 * (relative >= 0.01) + 0.1 * (relative >= 0.02),  # arXiv 2503.22828
         "logprob": mean.clamp(min=-10),  # 2602.03979
         "logprob_sum": mean.clamp(min=-10) * lens,
         "gain": (mean - base_mean).clamp(-5, 5),  # log(PPL_b / PPL_c), RLP 2510.01265
@@ -441,9 +444,9 @@ if __name__ == "__main__":
         return encode_prompt(tokenizer, question, args.system_prompt)
 
     opening, cue, closing = re.split(r"\{reasoning\}|\{answer\}", args.template)
-    marks = [line.strip() for line in f"{opening}\n{cue}".split("\n")]
-    marks += [token.content for token in judge_tokenizer.added_tokens_decoder.values() if token.special]
-    marks = tuple(filter(None, marks))
+    stops = [line.strip() for line in f"{opening}\n{cue}".split("\n")]
+    stops += [token.content for token in judge_tokenizer.added_tokens_decoder.values() if token.special]
+    stops = tuple(filter(None, stops))
 
     def judge_ids(text):
         return judge_tokenizer.encode(text, add_special_tokens=False)
@@ -452,18 +455,20 @@ if __name__ == "__main__":
         prompt = encode_prompt(judge_tokenizer, question, args.system_prompt)
         return prompt + judge_ids(opening + (reasoning or "") + cue)
 
-    # target: ids of the gold text and of one token more, or else 1 would do for 18
-    head, after = judge_ids(cue), len(judge_ids(f"{cue}18{closing}")) - len(judge_ids(f"{cue}18")) - 1
+    # target: ids of the gold text and of the token that ends it, or a gold 1 has full marks where q expects 18
+    head = judge_ids(cue)
+    behind = max(0, len(judge_ids(f"{cue}18{closing}")) - len(judge_ids(f"{cue}18")) - 1)  # tokens behind that one
     for row in problems + eval_problems:
-        text = re.sub(r"<<.*?>>", "", row["answer"].rpartition("####")[0]).strip()
-        if not text and args.target != "answer":
+        solution = re.sub(r"<<.*?>>", "", row["answer"].rpartition("####")[0]).strip()
+        if not solution and args.target != "answer":
             fail(f"{row['question'][:60]!r} has no solution before its ####; use --target answer or complete it.")
-        text = {"answer": row["gold"], "solution": text, "solution_answer": f"{text}\n#### {row['gold']}"}[args.target]
+        both = f"{solution}\n#### {row['gold']}"
+        text = {"answer": row["gold"], "solution": solution, "solution_answer": both}[args.target]
         whole = judge_ids(cue + text + closing)
         if whole[: len(head)] != head:
             fail(f"--template {args.template!r}: {text[:20]!r} merges with it; put {{answer}} on a line of its own.")
         end = [] if closing else [judge_tokenizer.eos_token_id]
-        row["target"] = whole[len(head) : len(whole) - max(0, after)] + end
+        row["target"] = whole[len(head) : len(whole) - behind] + end
     longest = args.max_new_tokens + max(len(row["target"]) for row in problems + eval_problems)
     check_lengths(problems + eval_problems, lambda question: judge_prompt(question, ""), longest, judge_context)
     max_model_len = check_lengths(problems + eval_problems, encode, args.max_new_tokens, context)
@@ -553,19 +558,20 @@ if __name__ == "__main__":
             max_new_tokens=args.max_new_tokens, answer_mode=args.answer_mode, seed=args.seed)
         record = {"step": step, **{f"eval/{key}": value for key, value in figures.items()}}
         texts = [row["completion"] for row in rows[:: args.eval_samples]]  # the first sample of each problem
-        given = [split_reasoning(text, args.template, marks, args.strip_final) for text in texts]
+        given = [split_reasoning(text, args.template, stops, args.strip_final) for text in texts]
         if step == 0 and args.reward_type != "accuracy" and not any(given):
             fail("no completion holds a reasoning in the marks of --template; ask for them in --system-prompt.")
-        hidden = [c and NUMBER.sub(lambda n, gold=row["gold"]: "[NUM]" if is_correct(n[0], gold) else n[0], c)
+        masked = [c and NUMBER.sub(lambda n, gold=row["gold"]: "[NUM]" if is_correct(n[0], gold) else n[0], c)
                   for row, c in zip(eval_problems, given, strict=True)]
-        arms = {"": given, "without": [None] * len(given), "swapped": given[1:] + given[:1], "masked": hidden}
-        logps = {arm: judge_score(eval_problems, texts) for arm, texts in arms.items()}
-        measured = judge_figures(eval_problems, given, logps[""], logps["without"])
-        for arm in ("swapped", "masked"):  # controls: another problem's reasoning; its own with the gold number hidden
-            measured[f"ppl_{arm}"] = judge_figures(eval_problems, given, logps[arm], logps["without"])["ppl"]
+        # as it is, and as controls: another problem's reasoning; its own with the gold number hidden
+        measured = judge_figures(eval_problems, given, judge_score(eval_problems, given), eval_base)
+        for name, arm in (("swapped", given[1:] + given[:1]), ("masked", masked)):
+            control = judge_figures(eval_problems, arm, judge_score(eval_problems, arm), eval_base)
+            measured[f"ppl_{name}"] = control["ppl"]
         record |= {f"perplexity/eval_{key}": value for key, value in measured.items()}
         log(record | {"time/eval": time.perf_counter() - started})
 
+    eval_base = judge_score(eval_problems, [None] * len(eval_problems))
     base_logps = torch.zeros(len(problems), max(len(row["target"]) for row in problems))  # b_t: once per question
     if args.reward_type != "accuracy":
         order = np.random.default_rng([args.seed, 0]).permutation(len(problems))
@@ -604,7 +610,7 @@ if __name__ == "__main__":
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         answers = [extract_answer(text, args.answer_mode) for text in texts]
         correct = torch.tensor([is_correct(a, row["gold"]) for a, row in zip(answers, batch, strict=True)])  # [B]
-        reasonings = [split_reasoning(text, args.template, marks, args.strip_final) for text in texts]
+        reasonings = [split_reasoning(text, args.template, stops, args.strip_final) for text in texts]
         rewards, logps_y = correct.float(), None  # [B]
         t4 = time.perf_counter()
         if args.reward_type != "accuracy":
@@ -618,7 +624,7 @@ if __name__ == "__main__":
             rewards = rewards[torch.randperm(len(rewards))]
         t5 = time.perf_counter()
 
-        # advantages within a question; a group of nearly equal rewards is left out
+        # advantages, within a question
         groups = rewards.view(-1, args.group_size)
         advantages = group_advantages(groups, args.advantage_scale).flatten()  # [B]
         varied = (groups.amax(1) > groups.amin(1)) & (groups.std(1) >= args.min_group_std)
@@ -694,7 +700,7 @@ if __name__ == "__main__":
             figures = judge_figures(batch, reasonings, logps_y, base_y)
             record |= {f"perplexity/{key}": value for key, value in figures.items()}
         log(record)
-        terms = dict(reward=rewards, advantage=advantages, correct=correct)
+        terms = dict(reward=rewards, advantage=advantages, correct=correct.float())
         if logps_y is not None:
             terms |= dict(target_logp=logps_y.sum(1), target_logp_without=base_y.sum(1))
         with open(samples_path, "a") as file:

@@ -11,7 +11,7 @@ finds a right one more often than asking one model N times (pass@N). The rest is
 the control arm, with the prefix or (--skill-prefix "") without.
 
 Left out: value network, reward model, several GPUs, multi-turn, 4-bit weights, the paper's "semantic" MI (one number
-for a whole batch, which group centring cancels). Not yet run on a GPU; what it reached without stands in README.md.
+for a whole batch, which group centring cancels). Not yet run on a GPU; results without one are in README.md.
 
     python grpo_upskill.py --model-name Qwen/Qwen2.5-7B-Instruct          # LoRA, meant for one 80 GB GPU
 """
@@ -97,7 +97,7 @@ class Args:
     max_grad_norm: float = 0.1  # gradient norm clip (0.1 in the original code); 0: none
     update_epochs: int = 1  # passes over a rollout
     num_minibatches: int = 1  # optimizer steps per pass
-    # memory
+    # GPU memory
     max_tokens_per_microbatch: int = 16384  # padded tokens in one forward-backward; halve it when out of memory
     head_chunk: int = 1024  # tokens for which logits [head_chunk, vocabulary] exist at a time
     gradient_checkpointing: bool = True  # recompute activations in the backward pass (GPU only)

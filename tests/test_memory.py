@@ -360,7 +360,7 @@ def test_options(arguments, tmp_path):
 ERRORS = {
     "no such encoder": (
         ["--embed-model", "nobody/nothing"],
-        "nobody/nothing cannot be used; give the hub id or",
+        "nobody/nothing or faiss cannot be used; give an encoder's id or folder",
     ),
     "no neighbours": (["--knn-k", 0], "--knn-k is 0; it must be over 0"),
     "no room": (["--max-values", 0], "--max-values is 0; it must be over 0"),
