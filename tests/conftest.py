@@ -60,3 +60,9 @@ def stop_message(capsys, monkeypatch, tmp_path, *arguments, command=SMALL_RUN):
         runpy.run_path(command[1], run_name="__main__")
     assert stopped.value.code == 2
     return capsys.readouterr().err
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that two workers finish together."""
+    slow = ("test_resume", "test_learning", "test_memory", "test_perplexity", "test_real_data")
+    items.sort(key=lambda item: slow.index(item.path.stem) if item.path.stem in slow else len(slow))

@@ -17,7 +17,7 @@ ARMS = {
     "upskill": ("grpo_upskill.py", ["--num-steps", 50]),
     "shuffled": ("grpo_upskill.py", ["--num-steps", 30, "--shuffle-rewards"]),
     "perplexity": ("grpo_perplexity.py", ["--num-steps", 30]),
-    "memory": ("grpo_knn_memory.py", ["--num-steps", 30, "--embed-model", ENCODER]),
+    "memory": ("grpo_knn_memory.py", ["--num-steps", 30, "--eval-every", 0, "--embed-model", ENCODER]),
 }
 
 

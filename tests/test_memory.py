@@ -318,7 +318,7 @@ def test_a_run_adds_up(tmp_path):
         0.3,
         "--norm-window",
         30,
-        "--num-shots",
+        "--seed",
         2,
     ]
     steps, samples = run(tmp_path, *arguments)
@@ -328,6 +328,12 @@ def test_a_run_adds_up(tmp_path):
         assert low <= sample["cosine"] <= high  # B13
         assert 0 <= sample["exploit"] <= 1 and 0 <= sample["explore"] <= (sample["step"] > 1)  # B5: warm-up in steps
     assert any(sample["explore"] > 0 for sample in samples)
+    groups = [[sample for sample in samples if sample["step"] == step] for step in (1, 2, 3)]
+    alone = [group for group in groups if sum(sample["correct"] for sample in group) == 1]
+    assert alone  # with this seed; the only right answer has nothing to be near to, and is paid the mean of the others
+    for group in alone:
+        right, *wrong = sorted(group, key=lambda sample: -sample["correct"])
+        assert right["exploit"] == pytest.approx(sum(sample["exploit"] for sample in wrong) / len(wrong), abs=1e-6)
     for i, record in enumerate(steps):
         wrong = sum(24 * (1 - step["charts/accuracy"]) for step in steps[: i + 1])
         assert record["memory_bank/explore_answers"] == pytest.approx(wrong)

@@ -180,11 +180,14 @@ def run(folder, *arguments):
     return records, samples
 
 
-def test_a_run_pays_what_the_frozen_model_says(tmp_path):
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_a_run_pays_what_the_frozen_model_says(lora_r, tmp_path):
     """Rewards of both steps recomputed with transformers alone from samples.jsonl; the judge never moves."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    records, samples = run(tmp_path, "--kl-coef", 0.01, "--num-minibatches", 2)
+    records, samples = run(
+        tmp_path, "--kl-coef", 0.01, "--num-minibatches", 2, "--lora-r", lora_r, "--lr", 1e-2 if lora_r else 1e-3
+    )
     model = AutoModelForCausalLM.from_pretrained(TOY / "model")
     tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
 
@@ -203,25 +206,26 @@ def test_a_run_pays_what_the_frozen_model_says(tmp_path):
         if sample["reasoning"]:
             mean, base = mean_logp(sample, sample["reasoning"]), mean_logp(sample, "")
             expected = 0.5 * math.exp(mean) + 0.5 * max(0, 1 - math.exp(base - mean))
-            assert sample["completion"].startswith(sample["reasoning"]) and "#" not in sample["reasoning"]
+            assert sample["reasoning"] in sample["completion"] and "####" not in sample["reasoning"]
         assert sample["reward"] == pytest.approx(expected, abs=1e-5)
     steps = [record for record in records if "global_step" in record]
     assert all(record["rollout/logp_diff_max"] < 1e-4 and record["losses/grad_norm"] > 0 for record in steps)
-    evaluations = [record for record in records if "eval/pass@1" in record]
-    assert evaluations[0]["perplexity/eval_ppl_without"] == evaluations[1]["perplexity/eval_ppl_without"]
+
+
+LINES = ["--template", "{reasoning}\n####\n{answer}"]  # solutions would merge with a space
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
         ["--reward-type", "accuracy", "--lora-r", 4, "--min-group-std", 0],
-        ["--reward-type", "nover", "--reward-model", "model", "--target", "solution_answer", "--strip-final"],
-        ["--reward-type", "logprob_sum", "--lora-r", 4, "--kl-coef", 0.1, "--target", "solution", "--shuffle-rewards"],
+        ["--reward-type", "nover", "--reward-model", "model", "--target", "solution_answer", "--strip-final", *LINES],
+        ["--reward-type", "logprob_sum", "--kl-coef", 0.1, "--target", "solution", "--shuffle-rewards", *LINES],
     ],
-    ids=["accuracy", "another judge", "LoRA judge"],
+    ids=["accuracy", "another judge", "solution"],
 )
 def test_options(arguments, tmp_path):
-    """Another judge: a model with other weights gives another perplexity. LoRA judge: adapters off, so it stays put."""
+    """Another judge: one that knows nothing has the perplexity of its vocabulary."""
     if "model" in arguments:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -231,8 +235,7 @@ def test_options(arguments, tmp_path):
         AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(tmp_path / "judge")
         arguments = [tmp_path / "judge" if argument == "model" else argument for argument in arguments]
     records, samples = run(tmp_path, *arguments)
-    before, after = (record for record in records if "eval/pass@1" in record)
-    assert before["perplexity/eval_ppl_without"] == pytest.approx(after["perplexity/eval_ppl_without"], rel=1e-5)
+    before = records[0]
     assert all(record["rollout/logp_diff_max"] < 1e-4 for record in records if "global_step" in record)
     if "accuracy" in arguments:
         assert all(sample["reward"] == sample["correct"] for sample in samples)
@@ -257,6 +260,7 @@ ERRORS = {
     "no mark between": (["--template", "{reasoning} {answer}"], "must hold {reasoning}"),
     "wrong order": (["--template", "{answer} so {reasoning}"], "must hold {reasoning}"),
     "alpha over 1": (["--hybrid-alpha", 1.5], "--hybrid-alpha is 1.5; it must be between 0 and 1"),
+    "merged tokens": (["--target", "solution"], "merges with it; put {answer} on a line of its own"),
     "no such judge": (["--reward-model", "nobody/nothing"], "nobody/nothing cannot be used"),
     "group of one": (["--group-size", 1], "--group-size 1 must be at least 2"),
     "no solution": (["--target", "solution"], "has no solution before its ####"),

@@ -87,7 +87,7 @@ def test_killed_at_a_random_moment(command, reference, tmp_path):
 
 
 def test_sigterm_saves_and_a_damaged_checkpoint_is_passed_over(mode, command, reference, tmp_path):
-    if mode not in ("full", "memory"):
+    if mode != "full":
         pytest.skip("the same text of code as in the other modes")
     folder = tmp_path / "run"
     wandb = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
