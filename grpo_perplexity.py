@@ -540,7 +540,7 @@ if __name__ == "__main__":
 
     def judge_figures(problems, reasonings, logps, base_logps):
         lens = torch.tensor([len(row["target"]) for row in problems])
-        mean, base_mean = logps.sum(1) / lens, base_logps.sum(1) / lens
+        mean, base_mean = logps.double().sum(1) / lens, base_logps.double().sum(1) / lens
         valid = torch.tensor([c is not None for c in reasonings])
         numbers = [NUMBER.findall(c or "") for c in reasonings]
         leaks = [any(is_correct(n, row["gold"]) for n in found) for row, found in zip(problems, numbers, strict=True)]

@@ -88,6 +88,15 @@ def test_impossible_answers_stay_finite(kind):
         assert perplexity_rewards(logps, base, lens, reasoning_lens, 2, kind).isfinite().all()
 
 
+def test_limits():
+    """A gain of more than 5 nats counts 5; below e^-20 a token's probability counts e^-20."""
+    assert rewards("gain", [[0.9]], [[1e-8]]).item() == 5.0 and rewards("gain", [[1e-8]], [[0.9]]).item() == -5.0
+    tiny, tinier = [[math.exp(-25)]], [[math.exp(-30)]]
+    assert rewards("relative", tiny, tinier).item() == 0.0 == rewards("gain", tiny, tinier).item()
+    assert rewards("absolute", tinier, tinier).item() == pytest.approx(math.exp(-20), rel=1e-5)
+    assert rewards("logprob", tiny, tiny).item() == -10.0
+
+
 def test_hybrid_alpha_mixes():
     probs, base = [[0.5]], [[0.25]]
     assert rewards("hybrid", probs, base, alpha=1.0).item() == rewards("absolute", probs, base).item() == 0.5
