@@ -77,7 +77,7 @@ class Args:
         "nover"] = "hybrid"
     hybrid_alpha: float = 0.5  # weight of 1 / PPL_c in the hybrid reward; the rest is the relative gain's
     reward_model: str = ""  # frozen chat model that scores, hub id or folder (empty: the policy as it was at the start)
-    template: str = (  # layout of a completion, which system_prompt must ask for; a line break may be typed as backslash n
+    template: str = (  # layout of a completion, for system_prompt to ask for; a new line may be typed as backslash n
         "<think>\n{reasoning}\n</think>\n<answer>\n{answer}\n</answer>")
     target: Literal["answer", "solution", "solution_answer"] = "answer"  # gold text that is scored
     strip_final: bool = False  # drop a last sentence "the answer is ..." from the reasoning before it is scored
