@@ -1,0 +1,487 @@
+"""arithmetic_misl.py: the task by enumeration, the stack against one plain transformer, information, bounds, runs."""
+
+import itertools
+import json
+import math
+import re
+import signal
+import sys
+import time
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, stop_message, training
+
+import arithmetic_misl as am
+
+RUN = [
+    sys.executable, str(ROOT / "arithmetic_misl.py"), "--run-name", "run", "--num-seeds", "1", "--num-steps", "6",
+    "--warmup-steps", "3", "--questions-per-step", "4", "--eval-every", "2", "--save-every", "2",
+]  # fmt: skip
+
+
+# ---- The task --------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def task():
+    return am.arithmetic_problems("truncated")
+
+
+def apply(x, operator, y):
+    """Written down again, without the script's table of operators."""
+    if operator in "/%" and y == 0:
+        return None
+    return (
+        x + y
+        if operator == "+"
+        else x - y
+        if operator == "-"
+        else x * y
+        if operator == "*"
+        else (x / y if operator == "/" else x - y * math.floor(x / y))
+    )
+
+
+def test_the_task_by_enumeration(task):
+    problems, chance, correct, _ = task
+    accepted = Counter(
+        op for x, op, y in itertools.product(range(10), "+-*/%", range(10))
+        if (v := apply(x, op, y)) is not None and v == int(v) and 0 <= v <= 9
+    )  # fmt: skip
+    assert sum(accepted.values()) == 274
+    assert [round(accepted[op] / 274, 3) for op in "+-*/%"] == [0.201, 0.201, 0.153, 0.117, 0.328]
+    assert len({tuple(sorted(digits)) for digits in problems.tolist()}) == 102
+    assert len(problems) == len({tuple(digits) for digits in problems.tolist()}) == 416
+    assert chance.sum().item() == pytest.approx(1, abs=1e-12)
+    number = (correct.sum(1) * chance).sum().item()
+    assert number == pytest.approx(4.03, abs=0.005) and number / 500 == pytest.approx(0.0081, abs=5e-5)
+    exact = am.arithmetic_problems("exact")[2]
+    assert (exact.sum(1) * chance).sum().item() == pytest.approx(3.85, abs=0.005)
+    assert not (exact & ~correct).any()
+    by_operator = correct.view(-1, 10, 5, 10).any(3).any(1)  # [P, 5]
+    solvable = (by_operator * chance[:, None]).sum(0)
+    assert [round(share, 3) for share in solvable.tolist()] == [0.518, 0.518, 0.325, 0.5, 0.836]
+    division = exact.view(-1, 10, 5, 10)[:, :, 3].any(2).any(1)
+    assert (division * chance).sum().item() == pytest.approx(0.314, abs=5e-4)
+    usable = [(chance * (by_operator.sum(1) == k)).sum().item() for k in range(1, 6)]
+    assert [round(share, 3) for share in usable] == [0.128, 0.212, 0.515, 0.128, 0.018]
+    assert by_operator[:, [2, 4]].any(1).all()  # times and modulo alone solve everything
+    assert solvable.mean().item() == pytest.approx(0.539, abs=5e-4)  # pass@1 of five perfect one-operator skills
+
+
+@pytest.mark.parametrize("division", ["truncated", "exact"])
+def test_right_answers_and_solutions(division):
+    problems, _, correct, solution = am.arithmetic_problems(division)
+    for digits, row, target in zip(problems.tolist(), correct.tolist(), solution.tolist()):
+        ordered = []
+        for k in range(3):  # the target digit first, then operand order, then operator
+            first, second = digits[:k] + digits[k + 1 :]
+            for left, right in (first, second), (second, first):
+                ordered += [(left, op, right) for op in "+-*/%" if apply(left, op, right) == digits[k]]
+        left, op, right = ordered[0]
+        assert target == 50 * left + 10 * "+-*/%".index(op) + right
+        for index, right_here in enumerate(row):
+            left, op, right = index // 50, "+-*/%"[index // 10 % 5], index % 10
+            v = apply(left, op, right)
+            v = int(v) if v is not None and division == "truncated" else v
+            others = sorted(digits)
+            for digit in (left, right, v):
+                if digit in others:
+                    others.remove(digit)
+            assert right_here == (not others), (digits, left, op, right)
+
+
+def test_prompt_tokens():
+    prompts = am.make_prompts(torch.tensor([[7, 0, 9]]), torch.tensor([3]))
+    assert prompts.tolist() == [[3, 12, 7, 12, 0, 12, 9, 12]]  # z * 7 * 0 * 9 *
+
+
+# ---- The policies ----------------------------------------------------------------------------------------------------
+def plain_logits(policies, run, tokens):
+    """Logits [B, T, V] of one policy of the stack, by PyTorch's own layers and causal attention."""
+    weight = lambda parameter: parameter[run].detach()
+    norm = lambda x, pair: F.layer_norm(x, (128,), weight(pair[1])[0], weight(pair[0])[0])
+    x = F.embedding(tokens, weight(policies.tokens)) + weight(policies.positions)[: tokens.shape[1]]
+    for layer in policies.layers:
+        q, k, v = (norm(x, layer.norm_1) @ weight(layer.qkv)).chunk(3, -1)
+        q, k, v = (part.unflatten(-1, (4, 32)).transpose(1, 2) for part in (q, k, v))
+        attention = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + F.linear(attention.transpose(1, 2).flatten(2), weight(layer.out).T)
+        hidden = F.gelu(F.linear(norm(x, layer.norm_2), weight(layer.up).T, weight(layer.up_bias)[0]))
+        x = x + F.linear(hidden, weight(layer.down).T, weight(layer.down_bias)[0])
+    return norm(x, policies.norm) @ weight(policies.head)
+
+
+@pytest.fixture(scope="module")
+def policies():
+    """Two different policies, moved away from their initial state so that norms and biases count."""
+    policies = am.Policies([3, 4], 15)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in policies.parameters():
+            parameter += 0.3 * torch.randn_like(parameter) * parameter.std().nan_to_num(0).clamp(min=0.1)
+    return policies
+
+
+def random_prompts(runs, count):
+    digits = torch.randint(10, (runs, count, 3))
+    return am.make_prompts(digits, torch.randint(5, (runs, count)))
+
+
+def test_parameters_and_initial_distribution():
+    policies = am.Policies([0, 1, 0], 15)
+    assert sum(parameter[0].numel() for parameter in policies.parameters()) == 407_808
+    assert all(torch.equal(parameter[0], parameter[2]) for parameter in policies.parameters())
+    assert not torch.equal(policies.head[0], policies.head[1])
+    linear = torch.nn.Linear(512, 128)
+    assert policies.layers[0].down.std().item() == pytest.approx(linear.weight.std().item(), rel=0.02)
+    assert policies.layers[0].down.abs().max() <= 512**-0.5 and policies.layers[0].up.abs().max() <= 128**-0.5
+    assert policies.positions.std().item() == pytest.approx(1, rel=0.05)
+
+
+def test_the_tree_is_what_plain_sequences_give(policies):
+    """Shared prompts, the mask and the pruned last layer change no log-probability, here of all 500 answers."""
+    torch.manual_seed(1)
+    prompts = random_prompts(2, 3)
+    tree = am.answer_tree(10, [left for left in range(10) for _ in range(5)])
+    tail = torch.tensor([*range(10), *list(range(10, 15)) * 10])
+    tokens = torch.cat([prompts, tail.expand(2, 3, -1)], -1)
+    left, operator, right = am.branch_logps(policies(tokens, *tree), 10, 0.7)
+    joint = (left[..., None] + operator)[..., None] + right.unflatten(2, (10, 5))
+    assert torch.allclose(joint.exp().sum((2, 3, 4)), torch.ones(2, 3), atol=1e-5)
+    answers = torch.tensor([[a, 10 + o] for a in range(10) for o in range(5)])
+    for run in range(2):
+        for b in range(3):
+            sequences = torch.cat([prompts[run, b].expand(50, -1), answers], 1)
+            logits = plain_logits(policies, run, sequences) / 0.7
+            first = logits[:, 7, :10].log_softmax(-1).gather(1, answers[:, :1])
+            second = logits[:, 8, 10:15].log_softmax(-1).gather(1, answers[:, 1:] - 10)
+            expected = first + second + logits[:, 9, :10].log_softmax(-1)
+            assert torch.allclose(joint[run, b].reshape(50, 10), expected, atol=2e-4)
+
+
+def sampled(policies, prompts, C, seed=0):
+    torch.manual_seed(seed)
+    noise = torch.empty(*prompts.shape[:2], C, 25).exponential_().log_()
+    return am.sample_answers(policies, prompts, noise, 0.9, am.answer_tree(C, range(C)))
+
+
+def test_samples_have_the_frequencies_that_they_claim(policies):
+    prompts = random_prompts(2, 1).expand(-1, 100, -1)
+    _, answers, logits = sampled(policies, prompts, 100)
+    logps = am.answer_logps(am.branch_logps(logits, 100, 0.9), *answers).detach()  # [2, 100, 100]
+    for run in range(2):
+        index = (50 * answers[0] + 10 * answers[1] + answers[2])[run].flatten()
+        counts = torch.bincount(index, minlength=500).double()
+        p = torch.zeros(500).double().scatter_(0, index, logps[run].flatten().exp().double())
+        seen = p > 5e-4  # 5 expected
+        z = (counts - 1e4 * p)[seen] / (1e4 * p * (1 - p))[seen].sqrt()
+        assert z.abs().max() < 5 and (z**2).mean() == pytest.approx(1, abs=0.5) and seen.sum() > 20
+
+
+def test_a_policy_in_the_stack_learns_as_it_would_alone(policies):
+    prompts = random_prompts(2, 4)
+    tokens, answers, logits = sampled(policies, prompts, 3)
+    logps = am.answer_logps(am.branch_logps(logits, 3, 0.9), *answers)
+    advantages = torch.randn(2, 4, 3)
+    together = torch.autograd.grad((logps * advantages).sum(), list(policies.parameters()))
+    for run in range(2):
+        logits = policies(tokens[run, None], *am.answer_tree(3, range(3)), slice(run, run + 1))
+        alone = am.answer_logps(am.branch_logps(logits, 3, 0.9), *(part[run, None] for part in answers))
+        assert torch.allclose(alone[0], logps[run], atol=1e-5)
+        for a, b in zip(together, torch.autograd.grad((alone * advantages[run]).sum(), list(policies.parameters()))):
+            assert torch.allclose(a[run], b[run], atol=1e-4)
+            assert b[1 - run].abs().max() == 0  # the other one is not touched
+
+
+# ---- Rewards ---------------------------------------------------------------------------------------------------------
+def test_scores_under_every_skill(policies):
+    """Own skill first, then each other one; each as if its own prompt had been given."""
+    prompts = random_prompts(2, 4)
+    tokens, answers, logits = sampled(policies, prompts, 3)
+    z = prompts[..., 0]
+    others = (z[1:, :, None] + torch.arange(1, 5)) % 5
+    logps = am.skill_logps(policies, tokens, answers, logits, others, slice(1, None))
+    assert logps.shape == (1, 5, 4, 3) and not logps.requires_grad
+    for k in range(5):
+        changed = tokens[1:].clone()
+        changed[..., 0] = (z[1:] + k) % 5
+        scored = policies(changed, *am.answer_tree(3, range(3)), slice(1, None))
+        expected = am.answer_logps(am.branch_logps(scored, 3, 1.0), *(part[1:] for part in answers))
+        assert torch.allclose(logps[:, k], expected, atol=1e-4)
+
+
+def test_misl_rewards():
+    logps = torch.tensor([[-1.0, -1.0, -9.0], [-1.0, -21.0, -3.0]]).view(1, 2, 3, 1)  # N = 2, three answers
+    pbar = torch.tensor([-1.0, -1.0 - math.log(2), math.log((math.exp(-9) + math.exp(-3)) / 2)])
+    one = torch.ones(1, 1, 1)
+    plain = am.misl_rewards(logps, one, one, 99 * one).flatten()
+    assert torch.allclose(plain, logps[0, 0, :, 0] - pbar, atol=1e-6)
+    assert plain.tolist() == pytest.approx([0, math.log(2), -6 + math.log(2)], abs=0.01)
+    clipped = am.misl_rewards(logps, 0.5 * one, 0.25 * one, 0.7 * one).flatten()
+    assert torch.allclose(clipped, (0.5 * logps[0, 0, :, 0] - 0.25 * pbar).clamp(-0.7, 0.7), atol=1e-6)
+
+
+def test_pass_k_advantages():
+    torch.manual_seed(0)
+    rewards = torch.cat([torch.randint(0, 2, (200, 5)).float(), torch.randn(100, 5)])
+    for row, advantages in zip(rewards, am.pass_k_advantages(rewards)):
+        for i in range(5):
+            assert advantages[i].item() == pytest.approx((row.max() - torch.cat([row[:i], row[i + 1 :]]).max()).item())
+
+
+def test_exact_kl(policies):
+    prompts = random_prompts(2, 2)
+    tokens, answers, logits = sampled(policies, prompts, 3)
+    mine = am.branch_logps(logits.detach(), 3, 1.0)
+    theirs = am.branch_logps(logits.detach().flip(0), 3, 1.0)
+    kl = am.exact_kl(mine, theirs)
+    assert torch.equal(am.exact_kl(mine, mine), torch.zeros(2, 2, 3)) and (kl > 0).all()
+    categorical = lambda logps: torch.distributions.Categorical(logits=logps)
+    divergence = lambda p, q: torch.distributions.kl_divergence(categorical(p), categorical(q))
+    for b, j in itertools.product(range(2), range(3)):
+        parts = [(x[0, b], y[0, b]) for x, y in zip(mine, theirs)]
+        expected = divergence(*parts[0]) + divergence(parts[1][0][j], parts[1][1][j])
+        assert torch.allclose(kl[0, b, j], expected + divergence(parts[2][0][j], parts[2][1][j]), atol=1e-5)
+
+
+# ---- Information and bounds ------------------------------------------------------------------------------------------
+def random_branches(N, sharpness, seed):
+    """Branches of R = 1, P = 40 random problems: [1, P, N, 10], [1, P, N, 10, 5], [1, P, N, 50, 10], and answers."""
+    torch.manual_seed(seed)
+    shapes = (1, 40, N, 10), (1, 40, N, 10, 5), (1, 40, N, 50, 10)
+    branches = [(sharpness * torch.randn(shape, dtype=torch.double)).log_softmax(-1) for shape in shapes]
+    return branches, torch.rand(40, 500) < torch.rand(40, 1)
+
+
+def test_skills_that_do_not_matter_have_no_information():
+    branches, correct = random_branches(5, 2.0, 0)
+    branches = [branch[:, :, :1].expand_as(branch) for branch in branches]
+    figures = am.exact_figures(branches, correct)
+    for key in "skill/mi", "skill/mi_token", "skill/mi_correct":
+        assert figures[key].abs().max() < 1e-12
+    assert torch.allclose(figures["eval/pass@5"], figures["eval/iid_pass@5"])
+    assert figures["skill/z_decoded"].mean().item() == pytest.approx(1 / 5)
+
+
+def test_skills_that_share_no_token_have_all_of_it():
+    """Every other skill gives about 0 to every token: I = ln N, while the token form counts ln N three times."""
+    branches = [torch.full(shape, -80.0) for shape in ((1, 1, 5, 10), (1, 1, 5, 10, 5), (1, 1, 5, 50, 10))]
+    for z in range(5):
+        for branch in branches:
+            branch[0, 0, z, ..., z] = 0
+    figures = am.exact_figures([branch.log_softmax(-1) for branch in branches], torch.zeros(1, 500).bool())
+    assert figures["skill/mi"].item() == pytest.approx(math.log(5))
+    assert figures["skill/mi_token"].item() == pytest.approx(3 * math.log(5))
+    assert figures["skill/z_decoded"].item() == pytest.approx(1)
+    assert figures["eval/entropy"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_one_skill_and_one_token():
+    branches, correct = random_branches(1, 2.0, 0)
+    figures = am.exact_figures(branches, correct)
+    assert figures["skill/mi"].abs().max() < 1e-12 and figures["skill/mi_token"].abs().max() < 1e-12
+    branches, correct = random_branches(3, 2.0, 0)
+    branches[1:] = [torch.zeros_like(branch).log_softmax(-1) for branch in branches[1:]]  # only the left digit differs
+    figures = am.exact_figures(branches, correct)
+    assert torch.allclose(figures["skill/mi"], figures["skill/mi_token"], atol=1e-12)
+
+
+@pytest.mark.parametrize("sharpness", [0.3, 2.0, 20.0])
+def test_figures_by_hand_and_chain_rule(sharpness):
+    """All figures again by loops over z; E[token form] = I + sum_t E KL(posterior mixture || uniform mixture)."""
+    branches, correct = random_branches(4, sharpness, 1)
+    figures = am.exact_figures(branches, correct)
+    left, operator, right = (branch[0].exp() for branch in branches)
+    for problem in range(0, 40, 13):
+        a, o, b = left[problem], operator[problem], right[problem].view(4, 10, 5, 10)
+        p = a[:, :, None, None] * o[..., None] * b  # [N, 10, 5, 10]
+        mixture = p.mean(0)
+        ratio = lambda x, y: torch.where(x > 0, x * (x / y).log(), 0.0).sum()
+        information = sum(ratio(p[z], mixture) for z in range(4)) / 4
+        assert figures["skill/mi"][0, problem].item() == pytest.approx(information.item(), abs=1e-9)
+        first, second = mixture.sum((1, 2)), mixture.sum(2)  # P(left), P(left, operator)
+        excess = ratio(first, a.mean(0))
+        excess += sum(first[i] * ratio(second[i] / first[i], o.mean(0)[i]) for i in range(10))
+        for i, j in itertools.product(range(10), range(5)):
+            excess += second[i, j] * ratio(mixture[i, j] / second[i, j], b.mean(0)[i, j])
+        token = figures["skill/mi_token"][0, problem].item()
+        assert token == pytest.approx((information + excess).item(), abs=1e-9) and excess > 0
+        right_chance = (p.view(4, 500) * correct[problem]).sum(1)
+        assert figures["skill/accuracy"][0, problem].tolist() == pytest.approx(right_chance.tolist())
+        assert figures["eval/pass@1"][0, problem].item() == pytest.approx(right_chance.mean().item())
+        assert figures["eval/pass@4"][0, problem].item() == pytest.approx(1 - (1 - right_chance).prod().item())
+        decoded = p.view(4, 500).argmax(0)
+        assert figures["skill/z_decoded"][0, problem].item() == pytest.approx(
+            sum(p.view(4, 500)[z, y].item() for y, z in enumerate(decoded.tolist())) / 4
+        )
+        assert torch.allclose(figures["skill/operators"][0, problem], p.sum((1, 3)))
+
+
+@pytest.mark.parametrize("N", [2, 3, 5, 10])
+def test_what_information_bounds(N):
+    """What N distinct skills gain over N draws of a random one, I_C being I(correctness; z) <= I(y; z) <= ln N:
+    qbar^N (1 - exp(-N/2 pbar qbar I_C)) <= gain <= N sqrt(I_C / 2)."""
+    for seed, sharpness in itertools.product(range(10), (0.1, 0.5, 1.5, 4.0, 30.0)):
+        figures = am.exact_figures(*random_branches(N, sharpness, seed))
+        gain = figures[f"eval/pass@{N}"] - figures[f"eval/iid_pass@{N}"]
+        p, i_c, i = figures["eval/pass@1"], figures["skill/mi_correct"], figures["skill/mi"]
+        slack = 1e-12
+        assert (gain >= (1 - p) ** N * (1 - (-N / 2 * p * (1 - p) * i_c).exp()) - slack).all()
+        assert (gain <= N * (i_c / 2).clamp(min=0).sqrt() + slack).all()
+        assert (i_c <= i + slack).all() and (i <= math.log(N) + slack).all()
+        assert (i <= figures["skill/mi_token"] + slack).all()
+        if N == 2:
+            variance = figures["skill/accuracy"].var(-1, correction=0)
+            assert torch.allclose(gain, variance, atol=1e-10)
+            assert (p * (1 - p) * i_c <= gain + slack).all() and (gain <= i_c / 2 + slack).all()
+
+
+def test_evaluation_is_the_mean_over_problems(task, policies):
+    """Chunks, prefixes and weights: against exact_figures of one problem at a time."""
+    problems, chance, correct, _ = task
+    few, weights = torch.arange(0, 416, 60), {"": chance[::60], "test_": torch.eye(7).double()[3]}
+    got = am.evaluate_policies(policies, problems[few], correct[few], weights, torch.arange(5), 0.9)
+    whole = am.evaluate_policies(policies, problems[few[3:4]], correct[few[3:4]], {"": torch.ones(1).double()},
+                                 torch.arange(5), 0.9)  # fmt: skip
+    for key, value in whole.items():
+        assert torch.allclose(got[key.replace("/", "/test_")], value, atol=1e-6)
+    each = [am.evaluate_policies(policies, problems[i, None], correct[i, None], {"": torch.ones(1).double()},
+                                 torch.arange(5), 0.9)["eval/pass@1"] for i in few]  # fmt: skip
+    assert torch.allclose(got["eval/pass@1"], sum(w * x for w, x in zip(chance[few], each)), atol=1e-6)
+
+
+def test_interval():
+    mean, half = am.interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.303 / 3**0.5, rel=1e-3)
+    assert am.interval([5.0]) == (5.0, 0.0)
+
+
+# ---- Runs ------------------------------------------------------------------------------------------------------------
+def records(folder):
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def finished(folder, *arguments):
+    process = training("--output-dir", folder, *arguments, command=RUN)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    return output
+
+
+def without_clock(folder):
+    return [{k: v for k, v in record.items() if not k.startswith("time/")} for record in records(folder)]
+
+
+def test_figure_4_begins(tmp_path):
+    """Figure 4 in small: GRPO gets better and skills stay alike; MI makes them differ; pass-k keeps pass@5 up."""
+    real = "--warmup-steps", 100, "--questions-per-step", 32, "--eval-every", 0
+    output = finished(tmp_path, "--num-steps", 200, "--arms", "mi", "grpo", "pass-k", *real)
+    start, end = ({r["arm"]: r for r in records(tmp_path) if r["step"] == step} for step in (0, 200))
+    assert {arm: record["eval/pass@1"] for arm, record in start.items()} == dict.fromkeys(
+        ("grpo", "pass-k", "mi"), pytest.approx(start["mi"]["eval/pass@1"], abs=1e-4)
+    )
+    assert 0.28 < start["mi"]["eval/pass@1"] < 0.42 and 0.6 < start["mi"]["eval/pass@5"] < 0.8
+    assert end["grpo"]["eval/pass@1"] > start["grpo"]["eval/pass@1"] + 0.2
+    assert abs(end["grpo"]["eval/pass@5"] - end["grpo"]["eval/pass@1"]) < 0.05 and end["grpo"]["skill/mi"] < 0.05
+    assert end["mi"]["skill/mi"] > 1 and end["mi"]["eval/pass@1"] < end["grpo"]["eval/pass@1"] - 0.2
+    assert end["pass-k"]["eval/pass@5"] > end["grpo"]["eval/pass@5"] + 0.05
+    assert re.search(r"^mi +0\.\d+ ± 0.000", output, re.MULTILINE) and "the paper, one seed" in output
+    assert (tmp_path / "run" / "figure4.png").read_bytes().startswith(b"\x89PNG")
+
+
+OPTIONS = {
+    "everything": ["--arms", "grpo", "mi", "gated-mi", "pass-k", "--kl-coef", 0.05, "--test-share", 0.2, "--beta", 0.3],
+    "dedicated": ["--skill-tokens", "dedicated", "--max-z", 12, "--division", "exact", "--gated-advantage", "mean"],
+    "two skills, no imitation": ["--max-z", 2, "--warmup-steps", 0, "--max-grad-norm", 0, "--eval-every", 0],
+    "one arm": ["--arms", "gated-mi", "--max-z", 10, "--group-size", 2, "--num-seeds", 2, "--seed", 5],
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.replace(" ", "_").replace(",", ""))
+def test_options(option, tmp_path):
+    output = finished(tmp_path, *OPTIONS[option])
+    last = records(tmp_path)[-1]
+    assert last["step"] == 6 and all(math.isfinite(x) for x in last.values() if isinstance(x, float))
+    if option == "everything":
+        assert "test_pass@1" in output and 0 <= last["eval/test_pass@5"] <= 1 and last["losses/kl"] > 0
+        written = set().union(*map(set, records(tmp_path))) - {"step", "arm", "seed"}
+        written = {re.sub(r"/(test_)?", "/", re.sub(r"@(?!1$)\d+", "@N", key)) for key in written}
+        table = (ROOT / "README.md").read_text().split("Keys of its `metrics.jsonl`")[1].split("\n## ")[0]
+        assert written == set(re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE))
+    if option == "dedicated":
+        assert len(last["skill/accuracy"]) == 12
+    if option == "two skills, no imitation":
+        first = records(tmp_path)[0]
+        assert first["eval/pass@1"] == pytest.approx(0.0081, abs=0.004)  # nothing learned: chance
+    if option == "one arm":
+        assert [(r["arm"], r["seed"]) for r in records(tmp_path)[:2]] == [("gated-mi", 5), ("gated-mi", 6)]
+
+
+def test_other_seeds_and_arms_do_not_change_a_run(tmp_path):
+    finished(tmp_path / "alone", "--arms", "mi", "--seed", 2)
+    finished(tmp_path / "many", "--arms", "grpo", "mi", "--seed", 1, "--num-seeds", 2)
+    alone = records(tmp_path / "alone")
+    many = [record for record in records(tmp_path / "many") if (record["arm"], record["seed"]) == ("mi", 2)]
+    for a, b in zip(alone, many, strict=True):
+        for key in "eval/pass@1", "eval/pass@5", "skill/mi", "losses/grad_norm":
+            assert a.get(key) == pytest.approx(b.get(key), rel=1e-3, abs=1e-4)
+
+
+def test_killed_stopped_and_started_again(tmp_path):
+    options = ["--num-steps", 40, "--eval-every", 7, "--save-every", 3, "--kl-coef", 0.05]
+    finished(tmp_path / "never", *options)
+    folder = tmp_path / "killed"
+    for number in signal.SIGKILL, signal.SIGTERM:
+        process = training("--output-dir", folder, *options, command=RUN)
+        before = (folder / "run" / "checkpoint.pt").stat().st_mtime_ns if number == signal.SIGTERM else 0
+        while (
+            not (folder / "run" / "checkpoint.pt").exists()
+            or (folder / "run" / "checkpoint.pt").stat().st_mtime_ns == before
+        ):
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.01)
+        process.send_signal(number)
+        output = process.communicate()[0]
+    assert process.returncode == 128 + signal.SIGTERM and "--run-name run goes on from there" in output
+    finished(folder, *options, "--save-every", 10)
+    assert without_clock(folder) == without_clock(tmp_path / "never")
+    mine, theirs = (torch.load(f / "run" / "checkpoint.pt", weights_only=True) for f in (folder, tmp_path / "never"))
+    assert all(torch.equal(mine["policies"][name], theirs["policies"][name]) for name in theirs["policies"])
+    assert "is complete" in finished(folder, *options)
+    (folder / "run" / "figure4.png").unlink()  # as if it had been stopped just before the end: nothing is done twice
+    finished(folder, *options)
+    assert without_clock(folder) == without_clock(tmp_path / "never")
+
+
+ARGUMENTS = {
+    "twice": (["--arms", "mi", "mi"], "--arms needs at least one arm, and none twice"),
+    "none": (["--arms"], "--arms needs at least one arm"),
+    "too many skills": (["--max-z", 11], "--max-z 11 is more than the ten digits; add --skill-tokens dedicated"),
+    "one skill": (["--max-z", 1], "--max-z 1"),
+    "nothing to train on": (["--test-share", 1], "--test-share 1.0 leaves no problem to train on"),
+    "greedy": (["--temperature", 0], "--temperature is 0.0; it must be over 0"),
+    "group of one": (["--group-size", 1], "--group-size 1 must be at least 2"),
+    "negative": (["--kl-coef", -1], "--kl-coef is -1.0; it must be at least 0"),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS, ids=lambda case: case.replace(" ", "_"))
+def test_arguments(case, capsys, monkeypatch, tmp_path):
+    arguments, message = ARGUMENTS[case]
+    assert message in stop_message(capsys, monkeypatch, tmp_path, *arguments, command=RUN)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_run_folders(capsys, monkeypatch, tmp_path):
+    stop = lambda *arguments: stop_message(capsys, monkeypatch, tmp_path, *arguments, command=RUN)
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    (tmp_path / "runs" / "run" / "something").touch()
+    assert "exists and holds no run; choose another --run-name" in stop()
+    (tmp_path / "runs" / "run" / "something").unlink()
+    assert "a gradient is not finite" in stop("--lr", 1e30)
+    assert "--lr was 1e+30 and is 0.0005" in stop()
+    (tmp_path / "runs" / "run" / "checkpoint.pt").write_text("torn")
+    message = stop("--lr", 1e30)
+    assert "checkpoint.pt is damaged" in message and "delete it to start the run again" in message
