@@ -72,9 +72,8 @@ class Args:
     # UpSkill
     alpha: float = 0.5  # arm mi: weight of log p(y|x,z)
     beta: float | None = None  # arm mi: weight of log pbar(y|x); None: alpha
-    cap: float = 1.0  # arm mi: the MI reward is clipped to [-cap, cap]
+    cap: float = 1.0  # the MI reward is clipped to [-cap, cap]; gated, at most 1 keeps a right answer above 0
     gated_alpha: float = 0.2  # arm gated-mi: alpha and beta, for right answers only
-    gated_cap: float = 2.0  # arm gated-mi: its clip
     gated_advantage: Literal["mean", "pass-k"] = "pass-k"  # arm gated-mi: advantage of r_correct, as arm grpo or pass-k
     kl_coef: float = 0.0  # weight of the exact KL(policy || imitator) in the loss of every arm (appendix F: 0.05)
     # optimizer
@@ -174,7 +173,7 @@ class Policies(torch.nn.Module):
             if layer is self.layers[-1]:  # nobody reads the prompt's other tokens behind the last layer
                 q, mask = q[..., PROMPT - 1 :, :], mask[PROMPT - 1 :]
                 x = x.view(R, B, T, WIDTH)[:, :, PROMPT - 1 :].reshape(R, -1, WIDTH)
-            attention = torch.softmax(q @ k.mT * k.shape[-1] ** -0.5 + mask, -1) @ v
+            attention = torch.softmax(q * q.shape[-1] ** -0.5 @ k.mT + mask, -1) @ v
             x = x + attention.transpose(2, 3).reshape(x.shape) @ layer.out[runs]
             hidden = F.gelu(torch.baddbmm(layer.up_bias[runs], normed(x, layer.norm_2), layer.up[runs]))
             x = x + torch.baddbmm(layer.down_bias[runs], hidden, layer.down[runs])
@@ -256,9 +255,9 @@ def skill_logps(policies, tokens, answers, logits, skills, runs):
 
 
 def misl_rewards(logps, alpha, beta, cap):
-    """clip(alpha log p(y|x,z) - beta log pbar(y|x), -cap, cap) [R, B, C]; logps of skill_logps, the rest [R, 1, 1]."""
+    """clip(alpha log p(y|x,z) - beta log pbar(y|x), -cap, cap), [R, B, C]; logps: skill_logps; alpha, beta [R, 1, 1]."""
     mixture = logps.logsumexp(1) - math.log(logps.shape[1])
-    return torch.minimum(torch.maximum(alpha * logps[:, 0] - beta * mixture, -cap), cap)
+    return (alpha * logps[:, 0] - beta * mixture).clamp(-cap, cap)
 
 
 def pass_k_advantages(rewards):
@@ -369,7 +368,7 @@ if __name__ == "__main__":
     from tqdm import tqdm
     args = tyro.cli(Args, description=__doc__)
     check_arguments(args, positive=(
-        "num_seeds num_steps questions_per_step group_size temperature cap gated_cap lr").split())
+        "num_seeds num_steps questions_per_step group_size temperature cap lr").split())
     if len(set(args.arms)) < max(1, len(args.arms)):
         fail("--arms needs at least one arm, and none twice.")
     if args.max_z < 2:
@@ -377,10 +376,9 @@ if __name__ == "__main__":
     if args.max_z > 10 and args.skill_tokens == "digits":
         fail(f"--max-z {args.max_z} is more than the ten digits; add --skill-tokens dedicated.")
     beta = args.alpha if args.beta is None else args.beta
-    settings = {  # arm: alpha, beta, cap, for right answers only, advantage of r_correct by pass_k_advantages
-        "grpo": (0.0, 0.0, 1.0, False, False), "pass-k": (0.0, 0.0, 1.0, False, True),
-        "mi": (args.alpha, beta, args.cap, False, False),
-        "gated-mi": (args.gated_alpha, args.gated_alpha, args.gated_cap, True, args.gated_advantage == "pass-k"),
+    settings = {  # arm: alpha, beta, MI for right answers only, advantage of r_correct by pass_k_advantages
+        "grpo": (0.0, 0.0, False, False), "pass-k": (0.0, 0.0, False, True), "mi": (args.alpha, beta, False, False),
+        "gated-mi": (args.gated_alpha, args.gated_alpha, True, args.gated_advantage == "pass-k"),
     }  # fmt: skip
     arms = [arm for arm in settings if arm in args.arms]  # those with MI last: one slice of the stack
     seeds = list(range(args.seed, args.seed + args.num_seeds))
@@ -428,7 +426,7 @@ if __name__ == "__main__":
     policies = Policies(seeds * A, first_z + N if first_z else 15).to(device)
     parameters = list(policies.parameters())
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay, fused=True)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = [torch.Generator().manual_seed(2**32 + seed) for seed in seeds]  # not those of the weights
 
     def draw(function):  # function(generator) of each seed, the same for all arms: [R, ..]
         values = torch.stack([function(generator) for generator in generators])
@@ -499,7 +497,7 @@ if __name__ == "__main__":
 
     # reinforcement
     columns = zip(*(settings[arm] for arm in arms), strict=True)
-    alpha, beta, cap, gated, by_max = (  # each [R, 1, 1]
+    alpha, beta, gated, by_max = (  # each [R, 1, 1]
         torch.tensor(column, device=device).repeat_interleave(S)[:, None, None] for column in columns)
     scored = slice(S * sum(arm in ("grpo", "pass-k") for arm in arms), None)  # policies with an MI reward
     tree = answer_tree(C, range(C), device)
@@ -515,7 +513,7 @@ if __name__ == "__main__":
         if scored.start < R:
             others = skills[(z[scored, :, None] + torch.arange(1, N, device=device)) % N]
             logps = skill_logps(policies, tokens, answers, logits, others, scored)  # [R', N, B, C]
-            r_mi[scored] = misl_rewards(logps, alpha[scored], beta[scored], cap[scored])
+            r_mi[scored] = misl_rewards(logps, alpha[scored], beta[scored], args.cap)
             r_mi = torch.where(gated, r_mi * r_correct, r_mi)
         centred = r_correct - r_correct.mean(-1, keepdim=True)
         advantages = torch.where(by_max, pass_k_advantages(r_correct), centred) + r_mi - r_mi.mean(-1, keepdim=True)

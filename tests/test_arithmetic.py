@@ -216,10 +216,10 @@ def test_misl_rewards():
     logps = torch.tensor([[-1.0, -1.0, -9.0], [-1.0, -21.0, -3.0]]).view(1, 2, 3, 1)  # N = 2, three answers
     pbar = torch.tensor([-1.0, -1.0 - math.log(2), math.log((math.exp(-9) + math.exp(-3)) / 2)])
     one = torch.ones(1, 1, 1)
-    plain = am.misl_rewards(logps, one, one, 99 * one).flatten()
+    plain = am.misl_rewards(logps, one, one, 99).flatten()
     assert torch.allclose(plain, logps[0, 0, :, 0] - pbar, atol=1e-6)
     assert plain.tolist() == pytest.approx([0, math.log(2), -6 + math.log(2)], abs=0.01)
-    clipped = am.misl_rewards(logps, 0.5 * one, 0.25 * one, 0.7 * one).flatten()
+    clipped = am.misl_rewards(logps, 0.5 * one, 0.25 * one, 0.7).flatten()
     assert torch.allclose(clipped, (0.5 * logps[0, 0, :, 0] - 0.25 * pbar).clamp(-0.7, 0.7), atol=1e-6)
 
 
