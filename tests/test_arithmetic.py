@@ -202,7 +202,8 @@ def test_scores_under_every_skill(policies):
     tokens, answers, logits = sampled(policies, prompts, 3)
     z = prompts[..., 0]
     others = (z[1:, :, None] + torch.arange(1, 5)) % 5
-    logps = am.skill_logps(policies, tokens, answers, logits, others, slice(1, None))
+    tree, second = am.answer_tree(3, range(3)), slice(1, None)
+    logps = am.skill_logps(policies, tokens, answers, logits, others, tree, second)
     assert logps.shape == (1, 5, 4, 3) and not logps.requires_grad
     for k in range(5):
         changed = tokens[1:].clone()
@@ -229,6 +230,19 @@ def test_pass_k_advantages():
     for row, advantages in zip(rewards, am.pass_k_advantages(rewards)):
         for i in range(5):
             assert advantages[i].item() == pytest.approx((row.max() - torch.cat([row[:i], row[i + 1 :]]).max()).item())
+
+
+def test_advantages_of_every_arm():
+    r_correct = torch.tensor([1.0, 1, 0, 0, 0]).expand(4, 1, 5)
+    r_mi = torch.tensor([0.3, -0.3, 0.3, -0.3, 0]).expand(4, 1, 5) * torch.tensor([0, 0, 1, 1])[:, None, None]
+    column = lambda *flags: torch.tensor(flags)[:, None, None]  # grpo, pass-k, mi, gated-mi
+    got = am.arm_advantages(r_correct, r_mi, column(False, False, False, True), column(False, True, False, True))[:, 0]
+    assert got[0].tolist() == pytest.approx([0.6, 0.6, -0.4, -0.4, -0.4])
+    assert got[1].tolist() == [0, 0, 0, 0, 0]  # two are right, so none of them adds anything
+    assert got[2].tolist() == pytest.approx([0.9, 0.3, -0.1, -0.7, -0.4])
+    assert got[3].tolist() == pytest.approx([0.24, -0.06, -0.06, -0.06, -0.06])  # a right one never behind a wrong one
+    one = am.arm_advantages(r_correct[:1] * torch.tensor([1, 0, 0, 0, 0]), r_mi[:1], column(False), column(True))
+    assert one[0, 0].tolist() == [1, 0, 0, 0, 0]
 
 
 def test_exact_kl(policies):
@@ -355,7 +369,9 @@ def test_evaluation_is_the_mean_over_problems(task, policies):
 def test_interval():
     mean, half = am.interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.303 / 3**0.5, rel=1e-3)
-    assert am.interval([5.0]) == (5.0, 0.0)
+    assert am.interval([5.0])[0] == 5 and math.isnan(am.interval([5.0])[1])
+    values = torch.randn(30).tolist()
+    assert am.interval(values)[1] == pytest.approx(2.262 * torch.tensor(values).std().item() / 30**0.5, rel=1e-4)
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
@@ -387,7 +403,9 @@ def test_figure_4_begins(tmp_path):
     assert abs(end["grpo"]["eval/pass@5"] - end["grpo"]["eval/pass@1"]) < 0.05 and end["grpo"]["skill/mi"] < 0.05
     assert end["mi"]["skill/mi"] > 1 and end["mi"]["eval/pass@1"] < end["grpo"]["eval/pass@1"] - 0.2
     assert end["pass-k"]["eval/pass@5"] > end["grpo"]["eval/pass@5"] + 0.05
-    assert re.search(r"^mi +0\.\d+ ± 0.000", output, re.MULTILINE) and "the paper, one seed" in output
+    assert re.search(r"^mi +0\.\d+ +0\.\d+ ", output, re.MULTILINE) and "the paper" not in output  # not its 2,000
+    assert re.search(r"^pass-k - grpo +-0\.\d+ +0\.\d+", output, re.MULTILINE)
+    assert (tmp_path / "run" / "table.txt").read_text() in output
     assert (tmp_path / "run" / "figure4.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -420,13 +438,34 @@ def test_options(option, tmp_path):
 
 
 def test_other_seeds_and_arms_do_not_change_a_run(tmp_path):
-    finished(tmp_path / "alone", "--arms", "mi", "--seed", 2)
-    finished(tmp_path / "many", "--arms", "grpo", "mi", "--seed", 1, "--num-seeds", 2)
-    alone = records(tmp_path / "alone")
-    many = [record for record in records(tmp_path / "many") if (record["arm"], record["seed"]) == ("mi", 2)]
-    for a, b in zip(alone, many, strict=True):
-        for key in "eval/pass@1", "eval/pass@5", "skill/mi", "losses/grad_norm":
-            assert a.get(key) == pytest.approx(b.get(key), rel=1e-3, abs=1e-4)
+    options = "--gated-alpha", 2, "--test-share", 0.2
+    alone = {}
+    for arm, seed in ("mi", 2), ("gated-mi", 1), ("pass-k", 3):
+        finished(tmp_path / arm, "--arms", arm, "--seed", seed, *options)
+        alone |= {(record["arm"], record["seed"], record["step"]): record for record in records(tmp_path / arm)}
+    finished(tmp_path / "many", "--arms", "gated-mi", "grpo", "pass-k", "mi", "--seed", 1, "--num-seeds", 3, *options)
+    many = {(record["arm"], record["seed"], record["step"]): record for record in records(tmp_path / "many")}
+    assert len(many) == 4 * 3 * 4 and len(alone) == 3 * 4
+    for run, record in alone.items():
+        for key in "eval/pass@1", "eval/pass@5", "skill/mi", "losses/grad_norm", "skill/mi_reward":
+            assert record.get(key) == pytest.approx(many[run].get(key), rel=1e-3, abs=1e-4)
+    weights, draws = (torch.Generator().manual_seed(start + 3) for start in (0, 2**31))
+    assert not torch.equal(torch.rand(5, generator=weights), torch.rand(5, generator=draws))
+
+
+def test_what_is_held_out_and_what_holds_back(tmp_path):
+    """Training on a part teaches that part; a heavy KL keeps a policy where the imitation left it."""
+    real = "--warmup-steps", 60, "--num-steps", 60, "--questions-per-step", 32, "--eval-every", 0, "--arms", "grpo"
+    finished(tmp_path / "free", *real, "--test-share", 0.95)
+    start, end = records(tmp_path / "free")
+    gain = {prefix: end[f"eval/{prefix}pass@1"] - start[f"eval/{prefix}pass@1"] for prefix in ("", "test_")}
+    assert gain[""] > 0.15 and gain[""] > gain["test_"] + 0.1
+    best = max(range(5), key=lambda z: end["skill/accuracy"][z])
+    assert end["eval/best_skill_accuracy"] == end["skill/accuracy"][best]
+    assert end["eval/test_best_skill_accuracy"] == end["skill/test_accuracy"][best]
+    finished(tmp_path / "held", *real, "--test-share", 0.95, "--kl-coef", 20)
+    start, end = records(tmp_path / "held")
+    assert abs(end["eval/pass@1"] - start["eval/pass@1"]) < 0.5 * gain[""] and end["losses/kl"] < 0.05
 
 
 def test_killed_stopped_and_started_again(tmp_path):
@@ -449,7 +488,7 @@ def test_killed_stopped_and_started_again(tmp_path):
     assert without_clock(folder) == without_clock(tmp_path / "never")
     mine, theirs = (torch.load(f / "run" / "checkpoint.pt", weights_only=True) for f in (folder, tmp_path / "never"))
     assert all(torch.equal(mine["policies"][name], theirs["policies"][name]) for name in theirs["policies"])
-    assert "is complete" in finished(folder, *options)
+    assert "95 % t-interval" in (again := finished(folder, *options)) and "is complete" in again
     (folder / "run" / "figure4.png").unlink()  # as if it had been stopped just before the end: nothing is done twice
     finished(folder, *options)
     assert without_clock(folder) == without_clock(tmp_path / "never")
@@ -480,7 +519,8 @@ def test_run_folders(capsys, monkeypatch, tmp_path):
     (tmp_path / "runs" / "run" / "something").touch()
     assert "exists and holds no run; choose another --run-name" in stop()
     (tmp_path / "runs" / "run" / "something").unlink()
-    assert "a gradient is not finite" in stop("--lr", 1e30)
+    message = stop("--lr", 1e30)
+    assert "the gradient of arm grpo, seed 0 is nan: start another --run-name with a lower --lr" in message
     assert "--lr was 1e+30 and is 0.0005" in stop()
     (tmp_path / "runs" / "run" / "checkpoint.pt").write_text("torn")
     message = stop("--lr", 1e30)
