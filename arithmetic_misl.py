@@ -358,8 +358,8 @@ def draw_figure(path: Path, records: list[dict], arms: list[str], N: int):
             axes[i + 1].text(z, 1.01, f"{accuracy:.2f}", ha="center", fontsize="small")
         axes[i + 1].set(title=f"{arm}\n", xlabel="skill z (above: accuracy)", xticks=range(N), ylim=(0, 1))
     axes[0].set(xlabel="updates", ylabel="exact chance", ylim=(0, 1))
-    for ax in axes[0], axes[-1]:
-        ax.legend(fontsize="small")
+    axes[0].legend(fontsize="small", ncols=2, loc="lower center")
+    axes[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150)
 
 

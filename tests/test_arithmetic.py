@@ -18,7 +18,7 @@ import arithmetic_misl as am
 
 RUN = [
     sys.executable, str(ROOT / "arithmetic_misl.py"), "--run-name", "run", "--num-seeds", "1", "--num-steps", "6",
-    "--warmup-steps", "3", "--questions-per-step", "4", "--eval-every", "2", "--save-every", "2",
+    "--warmup-steps", "3", "--questions-per-step", "4", "--eval-every", "0", "--save-every", "2",
 ]  # fmt: skip
 
 
@@ -393,8 +393,8 @@ def without_clock(folder):
 def test_figure_4_begins(tmp_path):
     """Figure 4 in small: GRPO gets better and skills stay alike; MI makes them differ; pass-k keeps pass@5 up."""
     real = "--warmup-steps", 100, "--questions-per-step", 32, "--eval-every", 0
-    output = finished(tmp_path, "--num-steps", 200, "--arms", "mi", "grpo", "pass-k", *real)
-    start, end = ({r["arm"]: r for r in records(tmp_path) if r["step"] == step} for step in (0, 200))
+    output = finished(tmp_path, "--num-steps", 120, "--arms", "mi", "grpo", "pass-k", *real)
+    start, end = ({r["arm"]: r for r in records(tmp_path) if r["step"] == step} for step in (0, 120))
     assert {arm: record["eval/pass@1"] for arm, record in start.items()} == dict.fromkeys(
         ("grpo", "pass-k", "mi"), pytest.approx(start["mi"]["eval/pass@1"], abs=1e-4)
     )
@@ -411,8 +411,19 @@ def test_figure_4_begins(tmp_path):
 
 OPTIONS = {
     "everything": ["--arms", "grpo", "mi", "gated-mi", "pass-k", "--kl-coef", 0.05, "--test-share", 0.2, "--beta", 0.3],
-    "dedicated": ["--skill-tokens", "dedicated", "--max-z", 12, "--division", "exact", "--gated-advantage", "mean"],
-    "two skills, no imitation": ["--max-z", 2, "--warmup-steps", 0, "--max-grad-norm", 0, "--eval-every", 0],
+    "dedicated": [
+        "--skill-tokens",
+        "dedicated",
+        "--max-z",
+        12,
+        "--division",
+        "exact",
+        "--gated-advantage",
+        "mean",
+        "--arms",
+        "gated-mi",
+    ],
+    "two skills, no imitation": ["--max-z", 2, "--warmup-steps", 0, "--max-grad-norm", 0, "--arms", "mi", "grpo"],
     "one arm": ["--arms", "gated-mi", "--max-z", 10, "--group-size", 2, "--num-seeds", 2, "--seed", 5],
 }
 
@@ -440,36 +451,51 @@ def test_options(option, tmp_path):
 def test_other_seeds_and_arms_do_not_change_a_run(tmp_path):
     options = "--gated-alpha", 2, "--test-share", 0.2
     alone = {}
-    for arm, seed in ("mi", 2), ("gated-mi", 1), ("pass-k", 3):
+    for arm, seed in ("mi", 2), ("gated-mi", 1):
         finished(tmp_path / arm, "--arms", arm, "--seed", seed, *options)
         alone |= {(record["arm"], record["seed"], record["step"]): record for record in records(tmp_path / arm)}
-    finished(tmp_path / "many", "--arms", "gated-mi", "grpo", "pass-k", "mi", "--seed", 1, "--num-seeds", 3, *options)
+    finished(tmp_path / "many", "--arms", "gated-mi", "grpo", "mi", "--seed", 1, "--num-seeds", 2, *options)
     many = {(record["arm"], record["seed"], record["step"]): record for record in records(tmp_path / "many")}
-    assert len(many) == 4 * 3 * 4 and len(alone) == 3 * 4
+    assert len(many) == 3 * 2 * 2 and len(alone) == 2 * 2
     for run, record in alone.items():
         for key in "eval/pass@1", "eval/pass@5", "skill/mi", "losses/grad_norm", "skill/mi_reward":
-            assert record.get(key) == pytest.approx(many[run].get(key), rel=1e-3, abs=1e-4)
+            assert key not in record or record[key] == pytest.approx(many[run][key], rel=1e-3, abs=1e-4)
     weights, draws = (torch.Generator().manual_seed(start + 3) for start in (0, 2**31))
     assert not torch.equal(torch.rand(5, generator=weights), torch.rand(5, generator=draws))
 
 
 def test_what_is_held_out_and_what_holds_back(tmp_path):
-    """Training on a part teaches that part; a heavy KL keeps a policy where the imitation left it."""
-    real = "--warmup-steps", 60, "--num-steps", 60, "--questions-per-step", 32, "--eval-every", 0, "--arms", "grpo"
-    finished(tmp_path / "free", *real, "--test-share", 0.95)
-    start, end = records(tmp_path / "free")
-    gain = {prefix: end[f"eval/{prefix}pass@1"] - start[f"eval/{prefix}pass@1"] for prefix in ("", "test_")}
-    assert gain[""] > 0.15 and gain[""] > gain["test_"] + 0.1
+    """What is held out is not learned; a heavy KL keeps a policy where the imitation left it."""
+    real = "--warmup-steps", 100, "--num-steps", 60, "--questions-per-step", 32, "--arms", "grpo"
+    finished(tmp_path / "few", *real, "--test-share", 0.95)
+    end = records(tmp_path / "few")[-1]
+    assert end["eval/pass@1"] > end["eval/test_pass@1"] + 0.3
     best = max(range(5), key=lambda z: end["skill/accuracy"][z])
     assert end["eval/best_skill_accuracy"] == end["skill/accuracy"][best]
     assert end["eval/test_best_skill_accuracy"] == end["skill/test_accuracy"][best]
-    finished(tmp_path / "held", *real, "--test-share", 0.95, "--kl-coef", 20)
-    start, end = records(tmp_path / "held")
-    assert abs(end["eval/pass@1"] - start["eval/pass@1"]) < 0.5 * gain[""] and end["losses/kl"] < 0.05
+    changes = []
+    for coefficient in 0, 20:
+        folder = tmp_path / str(coefficient)
+        finished(folder, *real, "--kl-coef", coefficient)
+        start, end = records(folder)
+        changes.append(end["eval/pass@1"] - start["eval/pass@1"])
+    assert changes[0] > 0.12 and abs(changes[1]) < changes[0] / 2 and end["losses/kl"] < 0.05
 
 
 def test_killed_stopped_and_started_again(tmp_path):
-    options = ["--num-steps", 40, "--eval-every", 7, "--save-every", 3, "--kl-coef", 0.05]
+    options = [
+        "--num-steps",
+        30,
+        "--eval-every",
+        20,
+        "--save-every",
+        3,
+        "--kl-coef",
+        0.05,
+        "--arms",
+        "grpo",
+        "gated-mi",
+    ]
     finished(tmp_path / "never", *options)
     folder = tmp_path / "killed"
     for number in signal.SIGKILL, signal.SIGTERM:
@@ -514,7 +540,7 @@ def test_arguments(case, capsys, monkeypatch, tmp_path):
 
 
 def test_run_folders(capsys, monkeypatch, tmp_path):
-    stop = lambda *arguments: stop_message(capsys, monkeypatch, tmp_path, *arguments, command=RUN)
+    stop = lambda *arguments: stop_message(capsys, monkeypatch, tmp_path, "--arms", "grpo", *arguments, command=RUN)
     (tmp_path / "runs" / "run").mkdir(parents=True)
     (tmp_path / "runs" / "run" / "something").touch()
     assert "exists and holds no run; choose another --run-name" in stop()
