@@ -68,7 +68,7 @@ class Args:
     # imitation
     warmup_steps: int = 100  # steps of imitating solutions before the first update
     # rollout
-    num_steps: int = 2000  # updates
+    num_steps: int = 2000  # updates of every policy
     questions_per_step: int = 32  # problems in an update, each with one z
     group_size: int = 5  # answers C to a problem and its z; their mean reward is the baseline
     temperature: float = 0.9  # of sampling, gradient and evaluations, their MI too; MI reward and KL are at 1
