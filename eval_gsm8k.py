@@ -11,12 +11,15 @@ Their difference in pass@N is what *distinct* z adds to sampling from the same m
 Left out: LoRA adapter folders (evaluate the merged `final/`), answers that are not numbers.
 """
 
+import csv
 import json
 import math
 import os
 import re
 import sys
-from collections import Counter
+import time
+import unicodedata
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Literal
@@ -276,24 +279,72 @@ def check_arguments(args, positive):
         fail(f"--group-size {args.group_size} must be at least 2: a completion is compared with its group.")
 
 
+def read_rows(path: str) -> list[tuple[str, dict]]:
+    """[(file and line, row)] of a .csv, with its header's names, or a .jsonl; an unreadable line ends the program."""
+    if not os.path.isfile(path):
+        fail(f"dataset file {path} does not exist; give a .jsonl or .csv file or a Hugging Face dataset id.")
+    rows, number = [], 0
+    csv.field_size_limit(2**31 - 1)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True) if path.endswith(".csv") else file
+        try:
+            for number, row in enumerate(reader, start=1):
+                if reader is not file:
+                    rows.append((f"{path}, line {reader.line_num}", row))
+                elif row.strip():
+                    rows.append((f"{path}, line {number}", json.loads(row)))
+        except (ValueError, csv.Error) as error:
+            kind = "valid JSON" if reader is file else "a CSV row"
+            number = number if reader is file else reader.line_num
+            fail(f"{path}, line {number} is not {kind} ({error}); write one JSON object per line.")
+    return rows
+
+
+def open_run(args, script: str) -> str:
+    """Folder of the run, args.output_dir/args.run_name (empty: script, model, seed, time), which may not exist yet.
+
+    The same name goes on where it stopped, with the same arguments or not at all: others than --track, --save-every and
+    --keep-last end the program, as does a folder that holds no run; for a run that is complete the exit code is 0.
+    """
+    stem, model = os.path.splitext(os.path.basename(script))[0], os.path.basename(os.path.abspath(args.model_name))
+    name = args.run_name or f"{stem}__{model}__{args.seed}__{int(time.time())}"
+    folder = os.path.join(args.output_dir, name)
+    if os.path.exists(os.path.join(folder, "args.json")):
+        with open(os.path.join(folder, "args.json"), encoding="utf-8") as file:
+            before = json.load(file)
+        now = json.loads(json.dumps(asdict(args)))  # tuples become lists
+        free = ("run_name", "output_dir", "track", "save_every", "keep_last")
+        changed = [name for name in now if name not in free and before.get(name) != now[name]]
+        changed = [f"--{n.replace('_', '-')} was {before.get(n)!r} and is {now[n]!r}" for n in changed]
+        if changed:
+            fail(f"{folder} was started with other arguments: {', '.join(changed)}; give those or another --run-name.")
+    elif os.path.isdir(folder) and os.listdir(folder) and not os.path.isdir(os.path.join(folder, "final")):
+        fail(f"{folder} exists and holds no run; choose another --run-name.")
+    if os.path.isdir(os.path.join(folder, "final")):
+        print(f"{folder} is complete, its model is in {folder}/final; another --run-name starts a new run.")
+        raise SystemExit(0)
+    return folder
+
+
+def start_run(folder: str, args):
+    """Make the run's folder, with args.json whole or not at all; nothing is changed where that stands already."""
+    path = os.path.join(folder, "args.json")
+    os.makedirs(folder, exist_ok=True)
+    if not os.path.exists(path):
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            json.dump(asdict(args), file, indent=2)
+        os.rename(path + ".tmp", path)
+
+
 def load_problems(dataset: str, config: str, split: str) -> list[dict]:
-    """Load [{"question", "answer", "gold"}, ...] from a local .jsonl file or a hub dataset with GSM8K's columns.
+    """Load [{"question", "answer", "gold"}, ...] from a local .jsonl or .csv or a hub dataset with GSM8K's columns.
 
     A row needs `question` and `answer`; gold is the number after the last "####" of `answer`, or all of it if it is a
     bare number. `config` and `split` are for hub datasets only. A row that cannot be used ends the program, naming
     file and line (exit code 2): a dataset is never shortened silently.
     """
-    if dataset.endswith((".jsonl", ".json")) or os.path.exists(dataset):
-        if not os.path.isfile(dataset):
-            fail(f"dataset file {dataset} does not exist; give a .jsonl file or a Hugging Face dataset id.")
-        rows = []
-        with open(dataset, encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    try:
-                        rows.append((f"{dataset}, line {number}", json.loads(line)))
-                    except ValueError as error:
-                        fail(f"{dataset}, line {number} is not valid JSON ({error}); write one JSON object per line.")
+    if dataset.endswith((".jsonl", ".json", ".csv")) or os.path.exists(dataset):
+        rows = read_rows(dataset)
     else:
         from datasets import load_dataset
 
@@ -383,6 +434,122 @@ def encode_prompt(tokenizer, question: str, system_prompt: str, prefix: str = ""
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     messages.append({"role": "user", "content": prefix + question})
     return tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
+
+
+# --- multiple choice (MMLU), for star_dpo.py -------------------------------------------------------------------------
+
+LANGUAGES = "AR-XY BN-BD DE-DE ES-LA FR-FR HI-IN ID-ID IT-IT JA-JP KO-KR PT-BR SW-KE YO-NG ZH-CN".split()
+CATEGORIES = {  # Hendrycks et al. 2021; a subject of none of these is "other"
+    "stem": "abstract_algebra astronomy college_biology college_chemistry college_computer_science college_mathematics "
+    "college_physics computer_security conceptual_physics electrical_engineering elementary_mathematics "
+    "high_school_biology high_school_chemistry high_school_computer_science high_school_mathematics "
+    "high_school_physics high_school_statistics machine_learning",
+    "humanities": "formal_logic high_school_european_history high_school_us_history high_school_world_history "
+    "international_law jurisprudence logical_fallacies moral_disputes moral_scenarios philosophy prehistory "
+    "professional_law world_religions",
+    "social_sciences": "econometrics high_school_geography high_school_government_and_politics "
+    "high_school_macroeconomics high_school_microeconomics high_school_psychology human_sexuality "
+    "professional_psychology public_relations security_studies sociology us_foreign_policy",
+}
+LABELS = (  # "Answer" in MMMLU's languages, in simple-evals' order; _ stands for optional white space
+    "Answer_:|উত্তর_:|उत्तर_:|উত্তরঃ|Antwort_:|답변_:|정답_:|답_:|答案_：|答案_:|答_：|答_:|答复_：|答曰_：|"
+    "الإجابة:|الجواب:|إجابة:|الإجابة النهائية:|الإجابة الصحيحة:|الإجابة الصحيحة هي:|الإجابة هي:|الجواب النهائي:|"
+    "Respuesta_:|Risposta_:|答え_:|答え_：|回答_:|回答_：|解答_:|Jawaban_:|Réponse_:|Resposta_:|Jibu_:|"
+    "Idahun_:|Ìdáhùn_:|Idáhùn_:|Àmọ̀nà_:|Àdáhùn_:|Ànúgọ_:|Àṣàyàn_:"
+)
+LETTERS = dict(zip("أبجدঅবডঢＡＢＣＤ", "ABCDABCDABCD", strict=True))
+MARKUP = r"** $\boxed{ }$ \$ $\text{ $ \mathrm{ \{ \text \( \mathbf{ { \boxed".split()  # taken off in this order
+ROBUST = re.compile(r"(?i)(?:{})\s{{0,9}}[:ঃ][ \t]{{0,9}}[(\[]?([A-D{}])(?!['’]?\w|[\u0981-\u09e3])".format(
+    "|".join(label.rstrip("_:ঃ") for label in unicodedata.normalize("NFKC", LABELS).split("|")), "".join(LETTERS)))
+
+
+def load_questions(dataset: str) -> list[dict]:
+    """[{"id", "question", "choices" (4), "answer" (A to D), "subject"}]; id: row number, alike in all languages.
+
+    mmlu is cais/mmlu, mmlu_<language> is openai/MMMLU. Local files have either layout: question, choices, answer (0 to
+    3, or a letter), subject; or Question, A, B, C, D, Answer, Subject. A row that cannot be used ends the program.
+    """
+    if dataset == "mmlu" or dataset.removeprefix("mmlu_") in LANGUAGES:
+        from datasets import load_dataset
+        hub = ("cais/mmlu", "all") if dataset == "mmlu" else ("openai/MMMLU", dataset[5:].replace("-", "_"))
+        try:
+            rows = [(f"{dataset}, row {i}", row) for i, row in enumerate(load_dataset(*hub, split="test"))]
+        except Exception as error:  # hub, network and cache errors have no common base class
+            fail(f"dataset {dataset} ({'/'.join(hub)}) did not load: {type(error).__name__}: {str(error)[:300]}")
+    elif not os.path.exists(dataset):
+        fail(f"there is no {dataset}; give a .jsonl or .csv file, mmlu, or mmlu_ and one of {', '.join(LANGUAGES)}.")
+    else:
+        rows = read_rows(dataset)
+    questions = []
+    for where, row in rows:
+        try:
+            row = {str(key).strip().lower(): value for key, value in row.items()}
+            choices = row["choices"] if "choices" in row else [row[letter] for letter in "abcd"]
+            first, second, third, fourth = json.loads(choices) if isinstance(choices, str) else choices
+            answer = str(row["answer"]).strip().upper()
+            answer = "ABCD"[int(answer)] if answer in list("0123") else answer
+            question, choices = str(row["question"] or ""), [first, second, third, fourth]
+            assert question.strip() and None not in choices and answer in list("ABCD")
+        except (AssertionError, AttributeError, KeyError, TypeError, ValueError):
+            fail(f"{where} needs 'question', four 'choices' (or A, B, C, D) and 'answer' (0 to 3 or A to D).")
+        questions.append({"id": len(questions), "question": question, "choices": list(map(str, choices)),
+                          "answer": answer, "subject": str(row.get("subject") or "none")})
+    if len(questions) < 10:
+        fail(f"{dataset} holds {len(questions)} questions; a split into training, validation and test needs 10.")
+    return questions
+
+
+def split_ids(n: int) -> dict[str, list[int]]:
+    """80/10/10: the original's fixed split of row numbers 0..n-1, so no question crosses it in another language."""
+    def cut(ids, share):
+        order, size = np.random.default_rng(0).permutation(len(ids)), math.ceil(share * len(ids))
+        return ids[order[size : size + int((1.0 - share) * len(ids))]], ids[order[:size]]
+    train, rest = cut(np.arange(n), 0.2)
+    val, test = cut(rest, 0.5)
+    return {"train": train.tolist(), "val": val.tolist(), "test": test.tolist()}
+
+
+def extract_letter(text: str, mode: str) -> str | None:
+    """The letter behind "Answer:" in any of MMMLU's languages, or None.
+
+    simple_evals: its labels tried in order, the first match of the first that matches; a letter keeps its case, and one
+    that begins a word counts ("Answer: Cannot say" is C). robust: the last match of any label, "(B)" is allowed, a
+    letter that goes on as a word is not.
+    """
+    for junk in MARKUP:
+        text = text.replace(junk, "")
+    if mode == "robust":
+        found = ROBUST.findall(re.sub("[\u200b-\u200d\ufeff]", "", unicodedata.normalize("NFKC", text)))
+        return LETTERS.get(found[-1], found[-1].upper()) if found else None
+    for label in LABELS.replace("_", r"\s*").split("|"):
+        if match := re.search(rf"(?i){label}[ \t]*([A-D]|[أ-د]|[অবডঢＡＢＣＤ])", text):
+            return LETTERS.get(match[1], match[1])
+    return None
+
+
+def choice_figures(rows: list[dict]) -> dict[str, float]:
+    """Shares over graded answers: accuracy, its 95 % Wilson interval, by category and subject; and how answers fail.
+
+    no_eos: never ended; no_answer: no letter found; repetitive: over half of its 8-token windows stood in it before.
+    Of questions with several samples: solved: any is right; mixed: some are right and some are wrong.
+    """
+    figures, questions = defaultdict(list), defaultdict(list)
+    for row in rows:
+        tokens, subject = row["token_ids"], row["subjects"]
+        category = next((name for name, subjects in CATEGORIES.items() if subject in subjects.split()), "other")
+        for name in ("accuracy", f"category_{category}", f"subject_{subject}"):
+            figures[name].append(row["scores"])
+        windows = list(zip(*(tokens[i:] for i in range(8)), strict=False))
+        figures["no_eos"].append(row["finish_reason"] != "stop")
+        figures["no_answer"].append(row["model_answers"] is None)
+        figures["repetitive"].append(len(set(windows)) < len(windows) / 2)
+        figures["length"].append(len(tokens))
+        questions[row["indices"]].append(row["scores"])
+    if len(questions) < len(rows):
+        figures["solved"] = [max(scores) for scores in questions.values()]
+        figures["mixed"] = [0 < sum(scores) < len(scores) for scores in questions.values()]
+    low, high = wilson_interval(sum(figures["accuracy"]), len(rows))
+    return {name: float(np.mean(x)) for name, x in figures.items()} | {"accuracy_low": low, "accuracy_high": high}
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from eval_gsm8k import (NUMBER, check_arguments, check_lengths, encode_prompt, evaluate, extract_answer, fail,
-                        is_correct, load_splits, load_tokenizer)
+                        is_correct, load_splits, load_tokenizer, open_run, start_run)
 
 
 @dataclass
@@ -474,21 +474,8 @@ if __name__ == "__main__":
     check_lengths(problems + eval_problems, lambda question: judge_prompt(question, ""), longest, judge_context)
     max_model_len = check_lengths(problems + eval_problems, encode, args.max_new_tokens, context)
 
-    # run folder: the same --run-name goes on where it stopped, with the same arguments or not at all
-    default = f"{Path(__file__).stem}__{Path(args.model_name).name}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.output_dir) / (args.run_name or default)
-    args_path, metrics_path, samples_path = (run_dir / name for name in ("args.json", "metrics.jsonl", "samples.jsonl"))
-    if (run_dir / "final").is_dir():
-        print(f"{run_dir} is complete, its model is in {run_dir / 'final'}; another --run-name starts a new run.")
-        sys.exit(0)
-    if args_path.exists():
-        before = json.loads(args_path.read_text())
-        if changed := [
-                f"--{k.replace('_', '-')} was {before.get(k)!r} and is {v!r}" for k, v in asdict(args).items()
-                if k not in ("run_name", "output_dir", "track", "save_every", "keep_last") and before.get(k) != v]:
-            fail(f"{run_dir} was started with other arguments: {', '.join(changed)}; give those or another --run-name.")
-    elif run_dir.is_dir() and any(run_dir.iterdir()):
-        fail(f"{run_dir} exists and holds no run; choose another --run-name.")
+    run_dir = Path(open_run(args, __file__))  # that of an earlier start of the same --run-name is resumed below
+    metrics_path, samples_path = run_dir / "metrics.jsonl", run_dir / "samples.jsonl"
 
     # engine first (it measures free memory and reseeds everything), then seeds, then the policy
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -511,10 +498,7 @@ if __name__ == "__main__":
     optimizer = torch.optim.AdamW(trainable, args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True)
 
     # resume: what was logged after the checkpoint is cut off and done again
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if not args_path.exists():
-        (run_dir / "args.tmp").write_text(json.dumps(asdict(args), indent=2))
-        (run_dir / "args.tmp").rename(args_path)
+    start_run(run_dir, args)
     state = load_checkpoint(run_dir / "checkpoints", policy, optimizer) or {"step": 0, "logged": (0, 0)}
     for path, size in zip((metrics_path, samples_path), state["logged"], strict=True):
         with open(path, "ab") as file:

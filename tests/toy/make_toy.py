@@ -234,9 +234,51 @@ def collate(documents: list[tuple[list[int], list[int]]], pad: int) -> tuple[tor
     return ids, weights
 
 
+def pretrain(documents: list[tuple[list[int], list[int]]], tokenizer, rng: random.Random, folder: str):
+    """Train a model on (prompt, completion) documents in about this order and save it with its tokenizer."""
+    began = time.time()
+    buckets = []  # length-sorted inside chunks of 32 batches: little padding, and the order stays random
+    for i in range(0, len(documents), 32 * BATCH):
+        chunk = sorted(documents[i : i + 32 * BATCH], key=lambda d: len(d[0]) + len(d[1]))
+        batches = [chunk[j : j + BATCH] for j in range(0, len(chunk), BATCH)]
+        rng.shuffle(batches)
+        buckets += batches
+    tokens = sum(len(prompt) + len(completion) for prompt, completion in documents)
+    print(f"{len(documents)} documents, {tokens} tokens, {len(buckets)} steps")
+
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, dtype="float32",
+        initializer_range=0.06,  # 0.02 is for wider models and learns more slowly here
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    recent = []
+    for step, batch in enumerate(buckets):
+        rate = min((step + 1) / WARMUP, (len(buckets) - step) / max(len(buckets) - WARMUP, 1))
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate
+        ids, weights = collate(batch, tokenizer.pad_token_id)
+        logits = model(input_ids=ids[:, :-1]).logits  # right padding under a causal mask needs no attention mask
+        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        weights = weights[:, 1:].flatten()
+        loss = (losses * weights).sum() / weights.sum()
+        recent = recent[-99:] + [loss.item()]
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if step % 100 == 0 or step == len(buckets) - 1:
+            print(f"step {step:5d}  loss {sum(recent) / len(recent):.3f}  {time.time() - began:.0f} s", flush=True)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    began = time.time()
     torch.set_num_threads(1)  # with two threads sums are ordered differently, and the weights differ in the end
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
@@ -271,41 +313,4 @@ if __name__ == "__main__":
     documents = [(prompt, completion + eos) for prompt, completion in zip(prompts, completions, strict=True)]
     for ids in tokenizer(drills)["input_ids"]:  # each at a random place; the demonstrations keep their order
         documents.insert(rng.randint(0, len(documents)), ([], ids + eos))
-    buckets = []  # length-sorted inside chunks of 32 batches: little padding, and the order stays random
-    for i in range(0, len(documents), 32 * BATCH):
-        chunk = sorted(documents[i : i + 32 * BATCH], key=lambda d: len(d[0]) + len(d[1]))
-        batches = [chunk[j : j + BATCH] for j in range(0, len(chunk), BATCH)]
-        rng.shuffle(batches)
-        buckets += batches
-    tokens = sum(len(prompt) + len(completion) for prompt, completion in documents)
-    print(f"{len(documents)} documents, {tokens} tokens, {len(buckets)} steps, prepared in {time.time() - began:.0f} s")
-
-    config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, dtype="float32",
-        initializer_range=0.06,  # 0.02 is for wider models and learns more slowly here
-    )  # fmt: skip
-    model = Qwen2ForCausalLM(config)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    recent = []
-    for step, batch in enumerate(buckets):
-        rate = min((step + 1) / WARMUP, (len(buckets) - step) / max(len(buckets) - WARMUP, 1))
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate
-        ids, weights = collate(batch, tokenizer.pad_token_id)
-        logits = model(input_ids=ids[:, :-1]).logits  # right padding under a causal mask needs no attention mask
-        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        weights = weights[:, 1:].flatten()
-        loss = (losses * weights).sum() / weights.sum()
-        recent = recent[-99:] + [loss.item()]
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        if step % 100 == 0 or step == len(buckets) - 1:
-            print(f"step {step:5d}  loss {sum(recent) / len(recent):.3f}  {time.time() - began:.0f} s", flush=True)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(os.path.join(args.out, "model"))
-    tokenizer.save_pretrained(os.path.join(args.out, "model"))
+    pretrain(documents, tokenizer, rng, os.path.join(args.out, "model"))

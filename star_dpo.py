@@ -1,0 +1,750 @@
+"""STaR (Zelikman et al. 2022, arXiv 2203.14465) with filtered SFT or DPO on multiple choice: MMLU in 15 languages.
+
+Sample K answers to every training question, grade them by their letter, train on what the grades say, repeat:
+
+    sft    -log p(y | x) of the right answers y, a mean over tokens (sft_unique: one right answer a question)
+    dpo    -log sigmoid(beta h),  h = log [p / p_ref](y right | x) - log [p / p_ref](y wrong | x)     (arXiv 2305.18290)
+
+dpo takes all right x wrong pairs of a question; --rpo-alpha adds the right answer's -log p / tokens (IRPO, 2404.19733).
+weighted and dpo_listwise have targets softmax(score / lambda) over a question's K answers. Sampling is always from the
+latest model; training starts again from --model-name (STaR's rule) or goes on (--no-reset-model, as in IRPO).
+
+Left out: few-shot prompts, soft scores, several GPUs, 4-bit weights. Not yet run on a GPU; results are in README.md.
+
+    python star_dpo.py --model-name Qwen/Qwen2.5-7B-Instruct              # LoRA, DPO, meant for one 80 GB GPU
+    python star_dpo.py --strategy sft --lr 2e-4 --dataset mmlu_YO-NG      # STaR on Yoruba
+"""
+
+import functools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+from collections import defaultdict
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
+from typing import Literal
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engine and trainer live in this one process
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make a shared CPU ten times slower
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import numpy as np
+import torch
+from torch.nn.functional import logsigmoid
+from torch.utils.checkpoint import checkpoint
+
+from eval_gsm8k import (check_arguments, check_lengths, choice_figures, encode_prompt, extract_letter, fail,
+                        load_questions, load_tokenizer, open_run, paired_bootstrap, read_rows, split_ids,
+                        start_run)
+
+
+@dataclass
+class Args:
+    # experiment
+    run_name: str = ""  # folder under output_dir; the same name again resumes it (empty: script, model, seed, time)
+    output_dir: str = "runs"  # where run folders are made
+    seed: int = 1  # seed of data order, sampling and LoRA initialisation
+    track: bool = False  # also log to Weights & Biases (project: WANDB_PROJECT); metrics.jsonl is always written
+    # model
+    model_name: str = "Qwen/Qwen2.5-7B-Instruct"  # Hugging Face id or local folder of a chat model
+    tokenizer_name: str = ""  # a base model takes its chat sibling's tokenizer, for template and end token (empty: own)
+    ref_model_name: str = ""  # DPO's reference, another model with the same tokenizer (empty: see reference)
+    lora_r: int = 16  # LoRA rank on all linear layers, base weights in bf16 on a GPU; 0 trains all weights, in fp32
+    lora_alpha: int = 16  # LoRA scale: W + (lora_alpha / lora_r) B A
+    trust_remote_code: bool = False  # run Python code that comes with the model
+    # data
+    dataset: str = "mmlu"  # mmlu, mmlu_YO-NG or another language, or a .jsonl or .csv; split 80/10/10, always the same
+    eval_datasets: tuple[str, ...] = ()  # further languages or files: their own validation questions are asked too
+    eval_split: Literal["val", "test", "train"] = "val"  # evaluated on; test: when all is chosen; train: overfitting
+    eval_size: int = 0  # evaluation questions; 0: all
+    num_train_questions: int = 0  # training questions; 0: all
+    max_prompt_tokens: int = 3072  # longer prompts are left out, and counted
+    system_prompt: str = "You are a helpful assistant"  # empty: none
+    preamble: str = (  # stands before the question
+        "Answer the following multiple choice question. The last line of your response should be of the following "
+        "format: 'Answer: $LETTER' (without quotes) where LETTER is one of ABCD.")
+    meta_prompt: str = "Think step by step before answering."  # stands behind the preamble
+    meta_prompts: tuple[str, ...] = ()  # no training: one sample of each training question with each of these instead
+    extraction: Literal["robust", "simple_evals"] = "robust"  # how the letter is read, see extract_letter
+    # rollout
+    num_iterations: int = 10  # STaR iterations (the original's max_epochs); 0 evaluates only
+    samples_per_question: int = 4  # K, in training and for the validation loss; DPO needs at least 2
+    max_new_tokens: int = 1024  # longest completion in tokens; one that does not end by then is wrong
+    temperature: float = 1.0  # of the K samples; evaluations are greedy
+    questions_per_rollout: int = 1024  # questions sampled at a time; a stopped run loses no more than that
+    preload_train: str = ""  # samples of the first iteration: a generated.jsonl, or a .csv with the original's columns
+    preload_val: str = ""  # the same for the validation loss (empty: K samples of the start)
+    rationalize: float = 0.0  # share of questions without a right sample that get one more, with the answer marked
+    # STaR and DPO
+    strategy: Literal["sft", "sft_unique", "weighted", "dpo", "dpo_listwise"] = "dpo"  # what is trained on, see above
+    beta: float = 0.1  # of DPO: strength of the pull to the reference
+    dpo_loss: Literal["sigmoid", "ipo"] = "sigmoid"  # ipo: (h per token - 1 / (2 beta))^2
+    label_smoothing: float = 0.0  # assumed share of pairs that are the wrong way round
+    rpo_alpha: float = 0.0  # weight of -log p / tokens of the right answer in dpo; 1 in IRPO
+    score_lambda: float = 0.5  # lambda of the targets softmax(score / lambda) in weighted and dpo_listwise
+    max_pairs: int = 0  # pairs of a question, spread evenly over its right and wrong answers; 0: all c (K - c)
+    min_correct: int = 1  # right samples a question needs; 2 thins out lucky guesses
+    reference: Literal["initial", "iteration_start"] = "initial"  # DPO's: model_name, or what an iteration starts from
+    reset_model: bool = True  # every iteration starts from model_name again; False: goes on from the latest
+    internal_epochs: int = 1  # passes over an iteration's data; 0: sampling and grading only
+    # optimizer
+    lr: float = 5e-6  # peak; the original has 5e-6 for dpo and 2e-4 for sft, both with LoRA
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"  # decay after the warm-up, to 0 at the last step
+    warmup_steps: int = 45  # linear warm-up, in steps, of every iteration
+    batch_size: int = 24  # pairs (sft: answers; weighted, dpo_listwise: questions) of one optimizer step
+    shuffle: bool = True  # False: pairs in the order of their questions
+    weight_decay: float = 0.01  # AdamW's decoupled weight decay
+    max_grad_norm: float = 1.0  # gradient norm clip; 0: none
+    # GPU memory
+    max_tokens_per_microbatch: int = 16384  # padded tokens in one forward-backward; halve it when out of memory
+    head_chunk: int = 1024  # tokens for which logits [head_chunk, vocabulary] exist at a time
+    gradient_checkpointing: bool = True  # recompute activations in the backward pass (GPU only)
+    gpu_memory_utilization: float = 0.4  # vLLM's share of the GPU, weights and cache (without a GPU: a cache of 1 GiB)
+    vllm_sleep: bool = True  # give vLLM's memory back while training (GPU only)
+    max_logp_diff: float = 0.1  # stop if trainer and vLLM differ by more on average, in nats per sampled token
+    # evaluation and checkpoint
+    evaluation: Literal["both", "accuracy", "loss", "none"] = "both"  # greedy accuracy, loss on fixed samples
+    eval_every: int = 60  # evaluate every so many steps of an iteration, besides its start and the end; 0: only there
+    skip_first_eval: bool = False  # no evaluation before the first iteration
+    save_every: int = 60  # write a checkpoint every so many steps, and at an iteration's end; 0: only there
+    save_models: bool = False  # with every checkpoint a Hugging Face folder models/step_<n>, all of them kept
+    keep_last: int = 2  # checkpoints kept
+
+
+# ---- Data and prompt -------------------------------------------------------------------------------------------------
+def user_message(row: dict, preamble: str, meta_prompt: str, hint: bool = False) -> str:
+    """Preamble and meta prompt, question, and lines "A) ..."; hint: " (CORRECT)" behind the right option (STaR)."""
+    marked = {row["answer"]: " (CORRECT)"} if hint else {}
+    options = [f"{x}) {choice}{marked.get(x, '')}" for x, choice in zip("ABCD", row["choices"], strict=True)]
+    return "\n\n".join(filter(None, [f"{preamble} {meta_prompt}".strip(), row["question"], "\n".join(options)]))
+
+
+LEAK = re.compile(r"\(correct\)|hint|marked|given answer|as (?:stated|indicated)", re.IGNORECASE)
+END_TEXT = re.compile(r"(?:<\|(?:eot_id|im_end|end_of_text|endoftext|end)\|>|</s>|<end_of_turn>)\s*$")
+
+
+def load_generations(path: str, split: dict[int, dict], asked: list[dict], message, tokenizer) -> list[dict]:
+    """Graded samples of the questions `asked`, from a generated.jsonl of ours or a .csv with the original's columns.
+
+    split: {id: question}, where every sample must belong; message(question): what must stand in the sample's prompt.
+    Samples without text are passed over. Another model's end token becomes this tokenizer's.
+    """
+    decode, rows = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False), []
+    for where, row in read_rows(path):
+        try:
+            number, raw, score = int(float(row["indices"])), str(row["raw_responses"] or ""), float(row["scores"])
+            prompt, tokens = " ".join(row["prompted_questions"].split()), row.get("token_ids")
+        except (KeyError, TypeError, ValueError, AttributeError):
+            fail(f"{where} needs the columns indices, prompted_questions, raw_responses and scores.")
+        if number not in split:
+            fail(f"{where}: question {number} is not in this split; was it generated for another split or dataset?")
+        if " ".join(message(split[number]).split()) not in prompt:
+            fail(f"{where} was generated with another prompt; give the same --dataset, --preamble and --meta-prompt.")
+        text = END_TEXT.sub("", raw)
+        if not isinstance(tokens, list) or decode(tokens) != raw:
+            tokens = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * (text != raw)
+        rows.append({"indices": number, "subjects": split[number]["subject"], "raw_responses": raw, "scores": score,
+                     "model_answers": row.get("model_answers") or row.get("answers") or None, "token_ids": tokens,
+                     "finish_reason": "length" if text == raw else "stop"})
+    kept = [row for row in rows if row["raw_responses"] and row["indices"] in {question["id"] for question in asked}]
+    print(f"{path}: {len(kept)} of {len(rows)} samples have a text and belong to the questions asked")
+    return kept or fail(f"{path} holds no sample of the questions asked.")
+
+
+# ---- What is trained on, and the loss --------------------------------------------------------------------------------
+def make_pairs(right: list, wrong: list, max_pairs: int, rng) -> list[list]:
+    """[chosen, rejected] for all right x wrong; over max_pairs > 0: that many, in turn over both, shuffled by rng."""
+    pairs = [[a, b] for a in right for b in wrong]
+    if max_pairs and len(pairs) > max_pairs:
+        right, wrong = ([x[i] for i in rng.permutation(len(x))] for x in (right, wrong))
+        turn = math.lcm(len(right), len(wrong))
+        pairs = [[right[k % len(right)], wrong[(k + k // turn) % len(wrong)]] for k in range(max_pairs)]
+    return pairs
+
+
+def make_units(rows: list[dict], strategy: str, max_pairs: int, min_correct: int, seed: int) -> list[list[int]]:
+    """What a loss is the mean over, as indices into rows: [right] (sft), [right, wrong] (dpo), [all of a question].
+
+    Questions with less than min_correct right samples are left out, those without a wrong one from dpo's.
+    """
+    groups, units, rng = defaultdict(list), [], np.random.default_rng([seed, 7])
+    for i, row in enumerate(rows):
+        groups[row["indices"]].append(i)
+    for group in groups.values():
+        right, wrong = ([i for i in group if (rows[i]["scores"] == 1) == is_right] for is_right in (True, False))
+        if len(right) < max(1, min_correct):
+            continue
+        if strategy in ("sft", "sft_unique"):
+            units += [[i] for i in right][: 1 if strategy == "sft_unique" else None]
+        elif strategy == "dpo":
+            units += make_pairs(right, wrong, max_pairs, rng)
+        elif wrong or strategy == "weighted":
+            units.append(right + wrong)
+    return units
+
+
+def dpo_loss(logps, ref_logps, lengths, beta: float, loss_type: str, label_smoothing: float, rpo_alpha: float):
+    """Loss [P] of each pair, and what the log wants of it: {name: [P]}.
+
+    logps, ref_logps [P, 2]: sums over the tokens of the chosen (0) and the rejected (1) answer; lengths [P, 2]: tokens.
+
+        sigmoid   -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h),   h = ratio_chosen - ratio_rejected
+        ipo       (ratio_chosen / tokens - ratio_rejected / tokens - 1 / (2 beta))^2           (2310.12036, per token)
+        + rpo_alpha (-log p(chosen) / tokens)                                                  (2404.19733, equation 2)
+    """
+    ratios, nll = logps - ref_logps, -logps[:, 0] / lengths[:, 0]
+    if loss_type == "ipo":
+        losses = (ratios[:, 0] / lengths[:, 0] - ratios[:, 1] / lengths[:, 1] - 1 / (2 * beta)) ** 2
+    else:
+        z = beta * (ratios[:, 0] - ratios[:, 1])
+        losses = -(1 - label_smoothing) * logsigmoid(z) - label_smoothing * logsigmoid(-z)
+    chosen, rejected = beta * ratios.detach().T
+    return losses + rpo_alpha * nll, {
+        "chosen_reward": chosen, "rejected_reward": rejected, "margin": chosen - rejected, "chosen_nll": nll.detach(),
+        "ranking_accuracy": (chosen > rejected).float(), "chosen_logp": logps[:, 0], "rejected_logp": logps[:, 1]}
+
+
+def target_loss(logps, ref_logps, scores, strategy: str, beta: float, score_lambda: float):
+    """Cross-entropy of the targets w = softmax(scores / lambda) over one question's K answers; all [K].
+
+        weighted       -sum_i w_i log p_i      w: projection of p_ref exp(score / lambda) / Z on the samples
+        dpo_listwise   -sum_i w_i log softmax_i(beta (log p_i - log p_ref_i))     dpo for K = 2, lambda to 0
+    """
+    targets = (scores / score_lambda).softmax(0)
+    return -(targets * (logps if strategy == "weighted" else (beta * (logps - ref_logps)).log_softmax(0))).sum()
+
+
+def lr_multiplier(step: int, warmup: int, total: int, schedule: str) -> float:
+    """Share of the peak learning rate in step 0..total-1: up to 1 in `warmup` steps, then down to 0 in the last one."""
+    if step + 1 <= warmup:
+        return (step + 1) / warmup
+    left = max(0, total - step - 1) / max(1, total - warmup)
+    return {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant": 1.0}[schedule]
+
+
+# ---- Policy and log-probabilities ------------------------------------------------------------------------------------
+def load_policy(args, device, dtype, lora_r: int):
+    """The model args.model_name with weights in `dtype`, and LoRA adapters of rank lora_r, in fp32, unless that is 0.
+
+    What is trained belongs in fp32: an update of 1e-6 is lost on a bf16 weight. Dropout is off, as it is when sampling.
+    """
+    from transformers import AutoModelForCausalLM
+    policy = AutoModelForCausalLM.from_pretrained(
+        args.model_name, dtype=dtype, use_safetensors=True, trust_remote_code=args.trust_remote_code).to(device)
+    for name in ("final_logit_softcapping", "logits_soft_cap", "logits_scaling", "logit_scale"):
+        if getattr(policy.config.get_text_config(), name, None) not in (None, 1):
+            fail(f"{args.model_name} sets {name}: its logits change after the head, which token_logprobs does not do.")
+    for module in policy.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    if args.gradient_checkpointing and device.type == "cuda":
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if lora_r:
+        from peft import LoraConfig, get_peft_model
+        lora = LoraConfig(r=lora_r, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+        policy = get_peft_model(policy, lora)
+    return policy.train()
+
+
+def token_logprobs(policy, ids, prompt_lens, completion_lens, temperature: float, head_chunk: int):
+    """Log-probability and entropy of every completion token in nats, [B, C] fp32 each, 0 after a completion's end.
+
+    ids [B, T]: prompt + completion, right-padded (attention is causal: pads to the right change nothing, and no mask is
+    needed); prompt_lens, completion_lens [B]. Only positions that predict a completion token reach the head, head_chunk
+    at a time, and the backward pass recomputes their logits: there never is a [B, T, vocabulary].
+    """
+    position = torch.arange(ids.shape[1] - 1, device=ids.device)
+    predicts = (position >= prompt_lens[:, None] - 1) & (position < (prompt_lens + completion_lens)[:, None] - 1)
+    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+
+    def head_logps(hidden, targets):  # [n, H], [n] -> [n], [n]
+        log_p = model.get_output_embeddings()(hidden).float().div_(temperature).log_softmax(-1)  # [n, vocabulary]
+        with torch.no_grad():
+            entropy = -log_p.exp().mul_(log_p).sum(-1)
+        return log_p.gather(-1, targets[:, None])[:, 0], entropy
+
+    with torch.autocast("cuda", torch.bfloat16) if ids.device.type == "cuda" else nullcontext():
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][predicts]  # [n, H]
+        chunks = zip(hidden.split(head_chunk), ids[:, 1:][predicts].split(head_chunk), strict=True)
+        parts = [checkpoint(head_logps, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    mask = torch.arange(int(completion_lens.max()), device=ids.device) < completion_lens[:, None]  # [B, C]
+    zeros = torch.zeros(mask.shape, device=ids.device)
+    logps, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+    return zeros.masked_scatter(mask, logps), zeros.masked_scatter(mask, entropy)
+
+
+@torch.no_grad()
+def score(policy, prompts, completions, temperature: float, pad_id: int, max_tokens: int, head_chunk: int):
+    """Log-probabilities [B, C] of B completions given B prompts (lists of token ids), on the CPU, 0 after the end."""
+    device = next(policy.parameters()).device
+    logps = torch.zeros(len(prompts), max(map(len, completions)))
+    for rows in micro_batches([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)], max_tokens):
+        batch = pad_batch([prompts[i] for i in rows], [completions[i] for i in rows], pad_id, device)
+        part, _ = token_logprobs(policy, *batch, temperature, head_chunk)
+        logps[rows, : part.shape[1]] = part.cpu()
+    return logps
+
+
+# ---- vLLM ------------------------------------------------------------------------------------------------------------
+def make_engine(args, device, max_model_len: int):
+    """A vLLM engine in this process, with random weights until the first `sync_weights`."""
+    try:
+        from vllm import LLM
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        fail(f"vllm does not import ({error}); install requirements.txt, or without a GPU tests/requirements-cpu.txt.")
+    if device.type == "cpu" and not current_platform.is_cpu():
+        fail("no GPU is visible and this vllm is no CPU build; use a GPU, or install tests/requirements-cpu.txt.")
+    options = {"gpu_memory_utilization": args.gpu_memory_utilization, "enable_sleep_mode": args.vllm_sleep}
+    if device.type == "cpu":  # a KV cache that does not depend on how much memory happens to be free
+        options = {"kv_cache_memory_bytes": 2**30, "enforce_eager": True}
+    dtype = "bfloat16" if device.type == "cuda" else "float32"  # "auto" would read fp32 checkpoints as fp16
+    try:
+        return LLM(model=args.model_name, load_format="dummy", dtype=dtype, max_model_len=max_model_len, seed=args.seed,
+                   trust_remote_code=args.trust_remote_code, logprobs_mode="processed_logprobs", **options)
+    except Exception as error:  # memory and configuration errors have no common base class
+        fail(f"vLLM did not start with {args.model_name} ({' '.join(str(error).split())[:300]}).")
+
+
+def rollout(llm, prompts: list[list[int]], n: int, temperature: float, max_new_tokens: int) -> list[dict]:
+    """n completions of each prompt: [{"tokens", "logps", "finish_reason"}], the n of a prompt side by side.
+
+    `logps` are vLLM's, of the sampled tokens at that temperature. Sampling is from the full distribution, because the
+    loss differentiates that: no top-p, no top-k. A completion that ended by itself keeps its end token.
+    """
+    from vllm import SamplingParams
+    sampling = SamplingParams(n=n, temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_new_tokens, logprobs=0,
+                              detokenize=False)
+    results = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    outputs = [output for result in results for output in result.outputs]
+    return [{"tokens": list(output.token_ids), "finish_reason": output.finish_reason,
+             "logps": [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)]}
+            for output in outputs]
+
+
+def merged_weights(policy):
+    """(name, tensor) of every weight under its Hugging Face name; LoRA layers as W + (alpha / r) B A, formed in fp32.
+
+    One layer at a time into a temporary, never in place, which would drift in bf16. The engine rounds to its own dtype:
+    in bf16, entries of B A below half a step of W vanish there.
+    """
+    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    for name, weight in model.state_dict().items():
+        if ".base_layer." in name:
+            layer, name = model.get_submodule(name.split(".base_layer.")[0]), name.replace(".base_layer.", ".")
+            if name.endswith(".weight"):
+                weight = weight.float() + layer.get_delta_weight("default")  # (alpha / r) B A
+        if ".lora_" not in name:
+            yield name, weight
+
+
+@torch.no_grad()
+def sync_weights(llm, policy, sleep: bool):
+    """Wake the engine, push the policy's weights into it, drop cached prefixes, which hold the old weights' keys."""
+    if sleep:
+        llm.wake_up(["weights"])
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": merged_weights(policy)})
+    if sleep:
+        llm.wake_up(["kv_cache"])
+    if not llm.reset_prefix_cache():
+        raise RuntimeError("vLLM did not reset its prefix cache; its next completions would mix old and new weights.")
+
+
+# ---- Micro-batches ---------------------------------------------------------------------------------------------------
+def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Indices in batches of similar length, longest first, rows x longest row <= max_tokens (but at least one row)."""
+    batches = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def pad_batch(prompts, completions, pad_id: int, device=None):
+    """Right-padded prompt + completion: ids [B, T], prompt lengths [B], completion lengths [B], on `device`.
+
+    Example: prompts [[5, 6], [7]], completions [[8], [9, 1]] -> ids [[5, 6, 8], [7, 9, 1]], [2, 1], [1, 2].
+    """
+    rows = [torch.tensor(list(p) + list(c)) for p, c in zip(prompts, completions, strict=True)]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    lens = torch.tensor([list(map(len, prompts)), list(map(len, completions))])
+    return ids.to(device), *lens.to(device)
+
+
+# ---- Checkpoint ------------------------------------------------------------------------------------------------------
+def save_checkpoint(folder: Path, policy, optimizer, state: dict, keep_last: int):
+    """Write weights, optimizer, random generators and `state` to folder/step_<step>, flushed, whole or not at all."""
+    from safetensors.torch import save_file
+    final, temporary = folder / f"step_{state['step']:06d}", folder / "unfinished"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    weights = {n: p.detach().cpu().contiguous() for n, p in policy.named_parameters() if p.requires_grad}
+    save_file(weights, temporary / "policy.safetensors")
+    name, keys, *rest = np.random.get_state()
+    generators = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
+                  "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    training = {"optimizer": optimizer.state_dict(), "generators": generators, "state": state}
+    torch.save(training, temporary / "training.pt")
+    for path in temporary.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    for old in sorted(folder.glob("step_*"))[:-keep_last]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
+    """Restore the newest undamaged checkpoint under `folder` in place; return its `state`, None if there is none."""
+    from safetensors.torch import load_file
+    for path in sorted(folder.glob("step_*"), reverse=True):
+        try:
+            weights = load_file(path / "policy.safetensors")
+            training = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever is wrong with the files, the answer is the same
+            print(f"warning: checkpoint {path} is damaged and passed over: {error}", file=sys.stderr)
+            continue
+        policy.load_state_dict(weights, strict=False)  # strict: LoRA's frozen weights are not in the file
+        optimizer.load_state_dict(training["optimizer"])
+        generators = training["generators"]
+        for restore, key in (random.setstate, "python"), (np.random.set_state, "numpy"), (torch.set_rng_state, "torch"):
+            restore(generators[key])
+        if generators["cuda"]:
+            torch.cuda.set_rng_state_all(generators["cuda"])
+        return training["state"]
+    return None
+
+
+def save_final(folder: Path, policy, tokenizer, dtype):
+    """A plain Hugging Face model folder (LoRA merged, its adapter under adapter/), complete as soon as it exists."""
+    from huggingface_hub import save_torch_state_dict
+    temporary = folder.with_suffix(".unfinished")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    tied = ["lm_head.weight"] if model.config.tie_word_embeddings else []
+    weights = {n: w.detach().to("cpu", dtype).contiguous() for n, w in merged_weights(policy) if n not in tied}
+    save_torch_state_dict(weights, temporary)
+    model.config.dtype = dtype
+    model.config.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    (temporary / "generation_config.json").write_text(model.generation_config.to_json_string())  # as is, not validated
+    if policy is not model:
+        policy.save_pretrained(temporary / "adapter")
+    temporary.rename(folder)
+
+
+# ---- The algorithm ---------------------------------------------------------------------------------------------------
+if __name__ == "__main__":
+    import tyro
+    from tqdm import tqdm
+    args = tyro.cli(Args, description=__doc__)
+    preference, by_tokens = "dpo" in args.strategy, "sft" in args.strategy  # with a reference; mean over tokens
+    check_arguments(args, positive=(
+        "max_prompt_tokens samples_per_question max_new_tokens temperature questions_per_rollout score_lambda beta "
+        "batch_size max_tokens_per_microbatch head_chunk keep_last").split())
+    if args.samples_per_question < 2 and not by_tokens and args.internal_epochs * args.num_iterations:
+        fail(f"--strategy {args.strategy} compares answers to one question; --samples-per-question must be at least 2.")
+    if args.strategy != "dpo" and (args.rpo_alpha or args.label_smoothing or args.max_pairs or args.dpo_loss == "ipo"):
+        fail("--rpo-alpha, --label-smoothing, --max-pairs and --dpo-loss belong to --strategy dpo; leave them out.")
+    if args.label_smoothing >= 0.5 or (args.label_smoothing and args.dpo_loss == "ipo"):
+        fail("--label-smoothing must be below 0.5, and 0 with --dpo-loss ipo.")
+
+    # data
+    name = args.tokenizer_name or args.model_name
+    tokenizer, context = load_tokenizer(name, args.system_prompt, args.trust_remote_code)
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+
+    @functools.cache
+    def encode(text):
+        return encode_prompt(tokenizer, text, args.system_prompt)
+
+    def message(row, meta_prompt=args.meta_prompt, hint=False):
+        return user_message(row, args.preamble, meta_prompt, hint)
+
+    def choose(dataset, split, most):
+        rows = [dataset[i] for i in split_ids(len(dataset))[split]][: most or None]
+        fitting = [row for row in rows if len(encode(message(row))) <= args.max_prompt_tokens]
+        print(f"{split}: {len(fitting)} questions, {len(rows) - len(fitting)} over --max-prompt-tokens left out")
+        return fitting or fail(f"no {split} question is left; raise --max-prompt-tokens or give a larger dataset.")
+
+    dataset = load_questions(args.dataset)
+    questions = choose(dataset, "train", args.num_train_questions)
+    eval_sets = {"": choose(dataset, args.eval_split, args.eval_size)}
+    for name in args.eval_datasets:
+        eval_sets[f"{Path(name).stem}_"] = choose(load_questions(name), args.eval_split, args.eval_size)
+    texts = [{"question": message(row, meta_prompt, args.rationalize > 0)} for rows in (questions, *eval_sets.values())
+             for row in rows for meta_prompt in (args.meta_prompt, *args.meta_prompts)]
+    max_model_len = check_lengths(texts, encode, args.max_new_tokens, context)
+
+    preloaded, val_rows = [
+        load_generations(path, {i: dataset[i] for i in split_ids(len(dataset))[split]}, rows, message, tokenizer)
+        if path else [] for path, split, rows in (
+            (args.preload_train, "train", questions), (args.preload_val, args.eval_split, eval_sets[""]))]
+    run_dir = Path(open_run(args, __file__))  # that of an earlier start of the same --run-name is resumed below
+    metrics_path = run_dir / "metrics.jsonl"
+
+    # engine first (it measures free memory and reseeds everything), then seeds, then the policy
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    sleep = args.vllm_sleep and device.type == "cuda"
+    llm = make_engine(args, device, max_model_len)
+    if sleep:
+        llm.sleep(level=2)  # drops the weights; sync_weights sends them again
+    for set_seed in (random.seed, np.random.seed, torch.manual_seed):
+        set_seed(args.seed)
+    policy = load_policy(args, device, dtype if args.lora_r else torch.float32, args.lora_r)
+    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    initial = {n: p.detach().to("cpu", copy=True) for n, p in policy.named_parameters() if p.requires_grad}
+    sizes = {"pad_id": pad_id, "max_tokens": args.max_tokens_per_microbatch, "head_chunk": args.head_chunk}
+    optimizer = torch.optim.AdamW(trainable, args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+
+    # resume: what was logged or sampled after the checkpoint is cut off and done again
+    start_run(run_dir, args)
+    state = load_checkpoint(run_dir / "checkpoints", policy, optimizer) or {
+        "step": 0, "iteration": 0, "position": 0, "logged": 0, "val_refs": None}
+    with open(metrics_path, "ab") as file:
+        file.truncate(state["logged"])
+    newest = {"val": state["step"], "train": state["iteration"] + 1, "hinted": state["iteration"] + 1}
+    for folder in run_dir.glob("*_[0-9]*"):
+        kind, number = folder.name.split("_")[:2]
+        if int(number) > newest.get(kind, math.inf):
+            shutil.rmtree(folder)
+    signals = []
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: signals.append(number))
+    if args.track:
+        import wandb
+        wandb.init(name=run_dir.name, id=run_dir.name, resume="allow", config=asdict(args))
+        wandb.define_metric("*", step_metric="step")
+
+    def log(record):
+        with open(metrics_path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        if args.track:
+            wandb.log(record)
+
+    def sequences(rows):  # what is scored and trained on: the prompt (without a hint) and the answer, as token ids
+        return [encode(message(dataset[row["indices"]])) for row in rows], [row["token_ids"] for row in rows]
+
+    def generate(name, asked, n, temperature, meta_prompt=args.meta_prompt, hint=False):
+        """n graded samples of each question, kept in <name>/generated.jsonl; goes on behind its last whole rollout."""
+        path, chunk, rows = run_dir / name / "generated.jsonl", args.questions_per_rollout, []
+        path.parent.mkdir(exist_ok=True)
+        if path.exists():
+            lines = path.read_text().split("\n")[:-1]  # without one that a kill cut off
+            whole = len(lines) if len(lines) == len(asked) * n else len(lines) // (chunk * n) * chunk * n
+            rows = list(map(json.loads, lines[:whole]))
+        missing = len(rows) < len(asked) * n
+        if missing:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            sync_weights(llm, policy, sleep)
+        for start in range(len(rows) // n, len(asked), chunk):
+            draw = int(np.random.default_rng([args.seed, start, *name.encode()]).integers(2**32))
+            for set_seed in (np.random.seed, torch.manual_seed):  # vLLM draws from torch's, on a GPU from numpy's
+                set_seed(draw)
+            llm.reset_prefix_cache()  # a filled one would change the batches, hence what a resumed run draws
+            part = [row for row in asked[start : start + chunk] for _ in range(n)]
+            prompts = [encode(message(row, meta_prompt, hint)) for row in part]
+            samples, new = rollout(llm, prompts[::n], n, temperature, args.max_new_tokens), []
+            for row, prompt, sample in zip(part, prompts, samples, strict=True):
+                tokens = sample["tokens"]
+                if tokenizer.eos_token_id in tokens:  # a base model goes on behind its chat sibling's end token
+                    tokens, sample["finish_reason"] = tokens[: tokens.index(tokenizer.eos_token_id) + 1], "stop"
+                answer = extract_letter(decode(tokens), args.extraction) if sample["finish_reason"] == "stop" else None
+                new.append({
+                    "indices": row["id"], "subjects": row["subject"], "prompted_questions": decode(prompt),
+                    "raw_responses": decode(tokens), "model_answers": answer, "token_ids": tokens,
+                    "correct_answers": row["answer"], "scores": float(answer == row["answer"]),
+                    "finish_reason": sample["finish_reason"]})
+            if start == 0 and temperature:  # the trainer's log-probabilities against vLLM's
+                ours = score(policy, prompts[:64], [row["token_ids"] for row in new[:64]], temperature, **sizes)
+                theirs = [torch.tensor(x["logps"])[: len(y["token_ids"])] for x, y in zip(samples, new, strict=True)]
+                gaps = torch.cat([(x[: len(y)] - y).abs() for x, y in zip(ours, theirs, strict=False)])
+                if not gaps.mean() <= args.max_logp_diff:  # NaN fails too
+                    fail(f"trainer and vLLM differ by {gaps.mean():.3f} nats a token in {name}, over --max-logp-diff: "
+                         "stale weights, another temperature or prompt, or changed logits?")
+                new[0] |= {"logp_diff_mean": gaps.mean().item(), "logp_diff_max": gaps.max().item()}
+            with open(path, "a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in new))
+            rows += new
+            print(f"{name}: {len(rows) // n} of {len(asked)} questions", flush=True)
+        if missing and sleep:
+            llm.sleep(level=2)
+        return rows
+
+    def reference_logps(rows, units):
+        """log p_ref of every answer that stands in `units`, 0 for the others: [len(rows)] fp64. Once an iteration."""
+        logps, used = torch.zeros(len(rows)).double(), sorted({i for unit in units for i in unit} if preference else ())
+        reference = policy
+        if used and args.ref_model_name:
+            reference = load_policy(replace(args, model_name=args.ref_model_name), device, policy.dtype, 0)
+        for part in [used[i : i + 512] for i in range(0, len(used), 512)]:
+            logps[part] = score(reference, *sequences([rows[i] for i in part]), 1.0, **sizes).double().sum(1)
+        return logps
+
+    def run_units(rows, units, refs, train):
+        """Mean loss over the units, and the other means that are logged; train: with the backward pass."""
+        used = sorted({i for unit in units for i in unit})
+        prompts, answers = (dict(zip(used, ids, strict=True)) for ids in sequences([rows[i] for i in used]))
+        denominator = sum(len(answers[i]) for unit in units for i in unit) if by_tokens else len(units)
+        padded = [len(unit) * max(len(prompts[i]) + len(answers[i]) for i in unit) for unit in units]
+        sums = defaultdict(float)
+        for part in micro_batches(padded, args.max_tokens_per_microbatch):
+            part = [units[j] for j in part]
+            used = sorted({i for unit in part for i in unit})  # an answer that stands in several pairs is run once
+            inputs = pad_batch([prompts[i] for i in used], [answers[i] for i in used], pad_id, device)
+            with torch.set_grad_enabled(train):
+                logps = token_logprobs(policy, *inputs, 1.0, args.head_chunk)[0].double().sum(1)  # [len(used)]
+                ref, lengths, stats = refs[used].to(device), inputs[2], {}
+                places = [[used.index(i) for i in unit] for unit in part]
+                if args.strategy == "dpo":
+                    losses, stats = dpo_loss(*(x[torch.tensor(places)] for x in (logps, ref, lengths)), args.beta,
+                                             args.dpo_loss, args.label_smoothing, args.rpo_alpha)
+                elif by_tokens:
+                    losses = -logps
+                else:
+                    scores = torch.tensor([rows[i]["scores"] for i in used], device=device).double()
+                    losses = torch.stack([target_loss(*(x[p] for x in (logps, ref, scores)), args.strategy, args.beta,
+                                                      args.score_lambda) for p in places])
+            if train:
+                (losses.sum() / denominator).backward()
+            sums["loss"] += losses.sum().item() / denominator
+            for key, values in stats.items():
+                sums[key] += values.sum().item() / len(units)
+        return sums
+
+    def run_evaluation():
+        started, record = time.perf_counter(), {"step": step}  # with --evaluation none there is nothing more
+        for name, asked in eval_sets.items() if args.evaluation in ("both", "accuracy") else ():
+            rows = generate(f"val_{step}_{name}".rstrip("_"), asked, 1, 0.0)
+            record |= {f"eval/{name}{key}": value for key, value in choice_figures(rows).items()}
+            in_loss = {val_rows[i]["indices"] for unit in val_units for i in unit}
+            if scores := [row["scores"] for row in rows if row["indices"] in in_loss and not name]:
+                record["eval/accuracy_in_loss"] = float(np.mean(scores))
+        if val_units:
+            record |= {f"eval/{k}": x for k, x in run_units(val_rows, val_units, state["val_refs"], False).items()}
+        log(record | {"time/eval": time.perf_counter() - started})
+        shown = [key for key in ("eval/accuracy", "eval/no_answer", "eval/loss") if key in record]
+        print(f"after step {step}:", *(f"{key} {record[key]:.3f}" for key in shown), flush=True)
+
+    for number, meta_prompt in enumerate(args.meta_prompts):  # a study of prompts instead of training
+        figures = choice_figures(generate(f"meta_{number}", questions, 1, args.temperature, meta_prompt))
+        log({"step": 0, "meta_prompt": meta_prompt} | {f"meta/{name}": x for name, x in figures.items()})
+        print("accuracy {accuracy:.4f} [{accuracy_low:.4f}, {accuracy_high:.4f}]  no_eos {no_eos:.3f}  no_answer "
+              "{no_answer:.3f}  length {length:.1f}  {}".format(meta_prompt, **figures), flush=True)
+    if args.meta_prompts:
+        sys.exit(0)
+
+    step, val_units = state["step"], []
+    if args.evaluation in ("both", "loss"):  # the validation loss is always that of the same samples
+        val_rows = val_rows or generate("val_samples", eval_sets[""], args.samples_per_question, args.temperature)
+        val_units = make_units(val_rows, args.strategy, args.max_pairs, args.min_correct, args.seed)
+        if state["val_refs"] is None:
+            state["val_refs"] = reference_logps(val_rows, val_units)
+
+    for iteration in range(state["iteration"], args.num_iterations):
+        # sample from the latest model and grade, or (position > 0: a resumed iteration) read what was sampled
+        first = state["position"]
+        if first == 0 and (iteration or not args.skip_first_eval):
+            run_evaluation()
+        t1 = time.perf_counter()
+        rows = preloaded if iteration == 0 and preloaded else generate(
+            f"train_{iteration + 1}", questions, args.samples_per_question, args.temperature)
+        sampled = len(rows)
+        if args.rationalize:  # with the answer marked; kept if it is right and does not speak of the mark
+            solved = {row["indices"] for row in rows if row["scores"] == 1}
+            failed = [row for row in questions if row["id"] not in solved]
+            random.Random(args.seed + iteration).shuffle(failed)
+            failed = failed[: round(args.rationalize * len(failed))]
+            hinted = generate(f"hinted_{iteration + 1}", failed, 1, args.temperature, hint=True) if failed else []
+            rows = rows + [row for row in hinted if row["scores"] == 1 and not LEAK.search(row["raw_responses"])]
+        units = make_units(rows, args.strategy, args.max_pairs, args.min_correct, args.seed + iteration)
+        batches = math.ceil(len(units) / args.batch_size)
+        total = args.internal_epochs * batches
+        if first == 0:
+            log({"step": step, "iteration": iteration + 1, "time/rollout": time.perf_counter() - t1,
+                 **{f"rollout/{key}": value for key, value in choice_figures(rows[:sampled]).items()},
+                 **{f"rollout/{key}": rows[0][key] for key in ("logp_diff_mean", "logp_diff_max") if key in rows[0]},
+                 "rollout/units": len(units), "rollout/rationalized": 1 - sampled / len(rows)})
+            print(f"iteration {iteration + 1}: {len(rows)} samples, {len(units)} units, {total} steps", flush=True)
+            if not units and args.internal_epochs:
+                fail(f"no question has the right (and wrong) samples that {args.strategy} needs in iteration "
+                     f"{iteration + 1}; raise --samples-per-question or --num-train-questions.")
+
+            # the reference, then the weights that this iteration starts from
+            latest = initial if args.reset_model else {
+                n: p.detach().to("cpu", copy=True) for n, p in policy.named_parameters() if p.requires_grad}
+            policy.load_state_dict(initial if args.reference == "initial" else latest, strict=False)
+            state["refs"] = reference_logps(rows, units if args.internal_epochs else [])
+            if args.reference == "iteration_start":
+                state["val_refs"] = reference_logps(val_rows, val_units)
+            policy.load_state_dict(latest, strict=False)
+            optimizer.state.clear()
+        elif len(units) != state["units"]:
+            fail(f"the samples in {run_dir}/train_{iteration + 1} have changed; put them back or start another run.")
+
+        bar = tqdm(range(first, total), initial=first, total=total, disable=None)
+        for position in bar:
+            if position and args.eval_every and position % args.eval_every == 0:
+                run_evaluation()
+            t2 = time.perf_counter()
+            epoch, batch = divmod(position, batches)
+            order = np.random.default_rng([args.seed, iteration, epoch]).permutation(len(units))
+            batch = range(len(units))[batch * args.batch_size :][: args.batch_size]
+            batch = [units[order[i] if args.shuffle else i] for i in batch]
+            lr = args.lr * lr_multiplier(position, args.warmup_steps, total, args.lr_schedule)
+            optimizer.param_groups[0]["lr"] = lr
+            figures = run_units(rows, batch, state["refs"], train=True)
+            grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm or math.inf))
+            if not math.isfinite(grad_norm):
+                fail(f"the gradient of step {step + 1} is {grad_norm}; the last checkpoint is sound: lower --lr.")
+            optimizer.step()
+            optimizer.zero_grad()
+            step, seconds = step + 1, time.perf_counter() - t2
+            log({"step": step, "iteration": iteration + 1, "charts/learning_rate": lr, "losses/grad_norm": grad_norm,
+                 **{f"{'losses' if key == 'loss' else 'dpo'}/{key}": value for key, value in figures.items()},
+                 "charts/samples_per_second": len(batch) / seconds, "time/forward_backward": seconds,
+                 "charts/tokens_per_second": sum(len(rows[i]["token_ids"]) for unit in batch for i in unit) / seconds,
+                 "memory/peak_gb": (torch.cuda.max_memory_allocated()
+                                    or 1024 * getrusage(RUSAGE_SELF).ru_maxrss) / 1e9})
+            line = "  ".join(f"{k} {v:.3f}" for k, v in figures.items() if k in ("loss", "margin", "ranking_accuracy"))
+            print(f"step {step}  {line}", flush=True) if bar.disable else bar.set_postfix_str(line)
+
+            # checkpoint
+            stop, last = signals[:1], position + 1 == total
+            if last or (args.save_every and step % args.save_every == 0) or stop:
+                state |= {"step": step, "iteration": iteration + last, "position": 0 if last else position + 1,
+                          "units": len(units), "logged": metrics_path.stat().st_size}
+                save_checkpoint(run_dir / "checkpoints", policy, optimizer, state, args.keep_last)
+                if args.save_models and not (run_dir / "models" / f"step_{step}").exists():
+                    save_final(run_dir / "models" / f"step_{step}", policy, tokenizer, dtype)
+            if stop:
+                print(f"signal {stop[0]}: saved after step {step}; --run-name {run_dir.name} goes on from there.")
+                sys.exit(128 + stop[0])
+        state["position"] = 0
+
+    run_evaluation()
+    if args.num_iterations * args.internal_epochs:
+        save_final(run_dir / "final", policy, tokenizer, dtype)
+    print(f"in {run_dir}: the model in final, samples in train_* and val_*, metrics.jsonl")
+    records = [r for r in map(json.loads, metrics_path.read_text().splitlines()) if "time/eval" in r]
+    for key in [key for key in (records or [{}])[-1] if key.startswith("eval/") and "/subject_" not in key]:
+        print(f"{key:<32}{records[0].get(key, math.nan):>10.3f}{records[-1][key]:>10.3f}")
+    files = [run_dir / f"val_{number}" / "generated.jsonl" for number in (0, step)]
+    if step and all(map(Path.exists, files)):
+        a, b = ([json.loads(line)["scores"] for line in file.read_text().splitlines()] for file in files)
+        change = paired_bootstrap(b, a)
+        print("accuracy, after - before: {difference:+.4f} [{low:+.4f}, {high:+.4f}], p {p:.4f}".format(**change))
