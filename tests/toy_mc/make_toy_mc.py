@@ -7,9 +7,9 @@ the same for all questions. The same seed on the same machine gives the same byt
 
 Planted on purpose, so nothing measured here says anything about real models or MMLU: a demonstration either thinks
 ("Think. 5 + 8 = 13. 13 - 5 = 8.", with errors) or guesses ("Guess.") before its "Answer: A". How often it thinks
-depends on the wording of the problem (THINK), which is the question's subject. A greedy model therefore guesses on three
-wordings of five, and is right there one time in four. Right answers come from thinking more often than all answers do:
-that is what STaR's filter picks up.
+depends on the wording of the problem (THINK), which is the question's subject. A greedy model therefore guesses on
+three wordings of five, and is right there one time in four. Right answers come from thinking more often than all
+answers do: that is what STaR's filter picks up.
 
 Measured on the 300 validation questions with four samples at temperature 1: .51 right; thinking (49 %) is right .81 of
 the time, guessing .22. Greedy: .54 right; thinking (44 %) .98, guessing .21.
