@@ -286,17 +286,17 @@ def read_rows(path: str) -> list[tuple[str, dict]]:
     rows, number = [], 0
     csv.field_size_limit(2**31 - 1)
     with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True) if path.endswith(".csv") else file
         try:
-            for number, row in enumerate(reader, start=1):
-                if reader is not file:
-                    rows.append((f"{path}, line {reader.line_num}", row))
-                elif row.strip():
-                    rows.append((f"{path}, line {number}", json.loads(row)))
-        except (ValueError, csv.Error) as error:
-            kind = "valid JSON" if reader is file else "a CSV row"
-            number = number if reader is file else reader.line_num
-            fail(f"{path}, line {number} is not {kind} ({error}); write one JSON object per line.")
+            if path.endswith(".csv"):
+                reader = csv.DictReader(file, strict=True)
+                return [(f"{path}, line {(number := reader.line_num)}", row) for row in reader]
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    rows.append((f"{path}, line {number}", json.loads(line)))
+        except (csv.Error, UnicodeDecodeError) as error:
+            fail(f"{path} is no UTF-8 text or no CSV behind line {number} ({error}); write it anew, fields quoted.")
+        except ValueError as error:
+            fail(f"{path}, line {number} is not valid JSON ({error}); write one JSON object per line.")
     return rows
 
 

