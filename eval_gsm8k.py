@@ -303,8 +303,8 @@ def read_rows(path: str) -> list[tuple[str, dict]]:
 def open_run(args, script: str) -> str:
     """Folder of the run, args.output_dir/args.run_name (empty: script, model, seed, time), which may not exist yet.
 
-    The same name goes on where it stopped, with the same arguments or not at all: others than --track, --save-every and
-    --keep-last end the program, as does a folder that holds no run; for a run that is complete the exit code is 0.
+    The same name goes on where it stopped, with the same arguments or not at all: others than those of `free` end
+    the program, as does a folder that holds no run; for a run that is complete the exit code is 0.
     """
     stem, model = os.path.splitext(os.path.basename(script))[0], os.path.basename(os.path.abspath(args.model_name))
     name = args.run_name or f"{stem}__{model}__{args.seed}__{int(time.time())}"
@@ -313,7 +313,8 @@ def open_run(args, script: str) -> str:
         with open(os.path.join(folder, "args.json"), encoding="utf-8") as file:
             before = json.load(file)
         now = json.loads(json.dumps(asdict(args)))  # tuples become lists
-        free = ("run_name", "output_dir", "track", "save_every", "keep_last")
+        free = "run_name output_dir track save_every keep_last max_tokens_per_microbatch head_chunk".split()
+        free += "gradient_checkpointing gpu_memory_utilization vllm_sleep max_logp_diff".split()  # when memory runs out
         changed = [name for name in now if name not in free and before.get(name) != now[name]]
         changed = [f"--{n.replace('_', '-')} was {before.get(n)!r} and is {now[n]!r}" for n in changed]
         if changed:
@@ -459,7 +460,10 @@ LABELS = (  # "Answer" in MMMLU's languages, in simple-evals' order; _ stands fo
 )
 LETTERS = dict(zip("أبجدঅবডঢＡＢＣＤ", "ABCDABCDABCD", strict=True))
 MARKUP = r"** $\boxed{ }$ \$ $\text{ $ \mathrm{ \{ \text \( \mathbf{ { \boxed".split()  # taken off in this order
-ROBUST = re.compile(r"(?i)(?:{})\s{{0,9}}[:ঃ][ \t]{{0,9}}[(\[]?([A-D{}])(?!['’]?\w|[\u0981-\u09e3])".format(
+ROBUST = re.compile(  # label, colon, letter; a small letter only in brackets or where the line ends
+    r"(?i:{})\s{{0,9}}(?:是|为)?[:ঃ][ \t]{{0,9}}[(\[`*\"'“]{{0,3}}"
+    r"([A-D{}]|[a-d](?=[)\]`*\"'”]|[.,]?[ \t]{{0,9}}(?:\n|<|$)))"
+    r"(?!['’]?(?![\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3])\w|[\u0981-\u09e3])".format(
     "|".join(label.rstrip("_:ঃ") for label in unicodedata.normalize("NFKC", LABELS).split("|")), "".join(LETTERS)))
 
 
@@ -484,6 +488,7 @@ def load_questions(dataset: str) -> list[dict]:
     for where, row in rows:
         try:
             row = {str(key).strip().lower(): value for key, value in row.items()}
+            row |= {x: "None" for x in "abcd" if rows[0][0][:4] == "mmlu" and row.get(x, "") is None}  # read as null
             choices = row["choices"] if "choices" in row else [row[letter] for letter in "abcd"]
             first, second, third, fourth = json.loads(choices) if isinstance(choices, str) else choices
             answer = str(row["answer"]).strip().upper()
@@ -509,6 +514,13 @@ def split_ids(n: int) -> dict[str, list[int]]:
     return {"train": train.tolist(), "val": val.tolist(), "test": test.tolist()}
 
 
+def user_message(row: dict, preamble: str, meta_prompt: str, hint: bool = False) -> str:
+    """Preamble and meta prompt, question, and lines "A) ..."; hint: " (CORRECT)" behind the right option (STaR)."""
+    marked = {row["answer"]: " (CORRECT)"} if hint else {}
+    options = [f"{x}) {choice}{marked.get(x, '')}" for x, choice in zip("ABCD", row["choices"], strict=True)]
+    return "\n\n".join(filter(None, [f"{preamble} {meta_prompt}".strip(), row["question"], "\n".join(options)]))
+
+
 def extract_letter(text: str, mode: str) -> str | None:
     """The letter behind "Answer:" in any of MMMLU's languages, or None.
 
@@ -516,6 +528,8 @@ def extract_letter(text: str, mode: str) -> str | None:
     that begins a word counts ("Answer: Cannot say" is C). robust: the last match of any label, "(B)" is allowed, a
     letter that goes on as a word is not.
     """
+    if mode == "robust":
+        text = re.sub(r"\\(?:text|math)(?:bf|it|rm)?\{", "", text)
     for junk in MARKUP:
         text = text.replace(junk, "")
     if mode == "robust":
@@ -639,6 +653,10 @@ def compare(path_a: str, path_b: str):
         try:
             with open(path, encoding="utf-8") as file:
                 rows = [json.loads(line) for line in file if line.strip()]
+            if rows and "indices" in rows[0]:  # star_dpo.py's samples: pass@1 is the accuracy
+                names = {"id": "indices", "question": "prompted_questions", "gold": "correct_answers"}
+                rows = [{k: row[v] for k, v in names.items()} | {
+                    "arm": "iid", "z": None, "answer": None, "correct": int(row["scores"])} for row in rows]
             rows = [row for row in rows if row["arm"] == rows[0]["arm"]]
             tables.append(({row["id"]: (row["question"], row["gold"]) for row in rows}, question_scores(rows)))
         except (OSError, ValueError, LookupError, TypeError) as error:

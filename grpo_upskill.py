@@ -252,8 +252,9 @@ def make_engine(args, device, max_model_len: int):
         options = {"kv_cache_memory_bytes": 2**30, "enforce_eager": True}
     dtype = "bfloat16" if device.type == "cuda" else "float32"  # "auto" would read fp32 checkpoints as fp16
     try:
-        return LLM(model=args.model_name, load_format="dummy", dtype=dtype, max_model_len=max_model_len, seed=args.seed,
-                   trust_remote_code=args.trust_remote_code, logprobs_mode="processed_logprobs", **options)
+        return LLM(model=args.model_name, tokenizer=getattr(args, "tokenizer_name", "") or None, load_format="dummy",
+                   dtype=dtype, max_model_len=max_model_len, seed=args.seed, trust_remote_code=args.trust_remote_code,
+                   logprobs_mode="processed_logprobs", **options)
     except Exception as error:  # memory and configuration errors have no common base class
         fail(f"vLLM did not start with {args.model_name} ({' '.join(str(error).split())[:300]}).")
 
@@ -356,6 +357,7 @@ def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
             training = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
         except Exception as error:  # whatever is wrong with the files, the answer is the same
             print(f"warning: checkpoint {path} is damaged and passed over: {error}", file=sys.stderr)
+            path.rename(path.with_name(f"damaged_{path.name}_{int(time.time())}"))  # or it would push sound ones out
             continue
         policy.load_state_dict(weights, strict=False)  # strict: LoRA's frozen weights are not in the file
         optimizer.load_state_dict(training["optimizer"])

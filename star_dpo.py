@@ -8,7 +8,6 @@ Sample K answers to every training question, grade them by their letter, train o
 dpo takes all right x wrong pairs of a question; --rpo-alpha adds the right answer's -log p / tokens (IRPO, 2404.19733).
 weighted and dpo_listwise have targets softmax(score / lambda) over a question's K answers. Sampling is always from the
 latest model; training starts again from --model-name (STaR's rule) or goes on (--no-reset-model, as in IRPO).
-
 Left out: few-shot prompts, soft scores, several GPUs, 4-bit weights. Not yet run on a GPU; results are in README.md.
 
     python star_dpo.py --model-name Qwen/Qwen2.5-7B-Instruct              # LoRA, DPO, meant for one 80 GB GPU
@@ -28,6 +27,7 @@ import time
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import Literal
@@ -42,8 +42,8 @@ from torch.nn.functional import logsigmoid
 from torch.utils.checkpoint import checkpoint
 
 from eval_gsm8k import (check_arguments, check_lengths, choice_figures, encode_prompt, extract_letter, fail,
-                        load_questions, load_tokenizer, open_run, paired_bootstrap, read_rows, split_ids,
-                        start_run)
+                        load_questions, load_tokenizer, open_run, read_rows, split_ids, start_run,
+                        user_message)
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Args:
     tokenizer_name: str = ""  # a base model takes its chat sibling's tokenizer, for template and end token (empty: own)
     ref_model_name: str = ""  # DPO's reference, another model with the same tokenizer (empty: see reference)
     lora_r: int = 16  # LoRA rank on all linear layers, base weights in bf16 on a GPU; 0 trains all weights, in fp32
-    lora_alpha: int = 16  # LoRA scale: W + (lora_alpha / lora_r) B A
+    lora_alpha: int = 16  # LoRA scale: W + (lora_alpha / lora_r) B A; the original has lora_r here
     trust_remote_code: bool = False  # run Python code that comes with the model
     # data
     dataset: str = "mmlu"  # mmlu, mmlu_YO-NG or another language, or a .jsonl or .csv; split 80/10/10, always the same
@@ -72,35 +72,35 @@ class Args:
         "Answer the following multiple choice question. The last line of your response should be of the following "
         "format: 'Answer: $LETTER' (without quotes) where LETTER is one of ABCD.")
     meta_prompt: str = "Think step by step before answering."  # stands behind the preamble
-    meta_prompts: tuple[str, ...] = ()  # no training: one sample of each training question with each of these instead
+    meta_prompts: tuple[str, ...] = ()  # only compare these: a sample of every training question with each, and exit
     extraction: Literal["robust", "simple_evals"] = "robust"  # how the letter is read, see extract_letter
     # rollout
     num_iterations: int = 10  # STaR iterations (the original's max_epochs); 0 evaluates only
-    samples_per_question: int = 4  # K, in training and for the validation loss; DPO needs at least 2
+    samples_per_question: int = 4  # K, in training and for the validation loss; at least 2, but for sft and sft_unique
     max_new_tokens: int = 1024  # longest completion in tokens; one that does not end by then is wrong
     temperature: float = 1.0  # of the K samples; evaluations are greedy
-    questions_per_rollout: int = 1024  # questions sampled at a time; a stopped run loses no more than that
-    preload_train: str = ""  # samples of the first iteration: a generated.jsonl, or a .csv with the original's columns
-    preload_val: str = ""  # the same for the validation loss (empty: K samples of the start)
+    questions_per_rollout: int = 512  # questions sampled at a time; a stopped run loses no more than that
+    preload_train: str = ""  # samples of the first iteration: a samples/*.jsonl, or a .csv with the original's columns
+    preload_val: str = ""  # the same for the validation loss (empty: K samples from the model at the start)
     rationalize: float = 0.0  # share of questions without a right sample that get one more, with the answer marked
     # STaR and DPO
     strategy: Literal["sft", "sft_unique", "weighted", "dpo", "dpo_listwise"] = "dpo"  # what is trained on, see above
     beta: float = 0.1  # of DPO: strength of the pull to the reference
-    dpo_loss: Literal["sigmoid", "ipo"] = "sigmoid"  # ipo: (h per token - 1 / (2 beta))^2
-    label_smoothing: float = 0.0  # assumed share of pairs that are the wrong way round
+    dpo_loss: Literal["sigmoid", "ipo"] = "sigmoid"  # ipo: squared, each log-ratio over its tokens
+    label_smoothing: float = 0.0  # assumed share of pairs that are the wrong way round, below 0.5
     rpo_alpha: float = 0.0  # weight of -log p / tokens of the right answer in dpo; 1 in IRPO
     score_lambda: float = 0.5  # lambda of the targets softmax(score / lambda) in weighted and dpo_listwise
-    max_pairs: int = 0  # pairs of a question, spread evenly over its right and wrong answers; 0: all c (K - c)
-    min_correct: int = 1  # right samples a question needs; 2 thins out lucky guesses
-    reference: Literal["initial", "iteration_start"] = "initial"  # DPO's: model_name, or what an iteration starts from
+    max_pairs: int = 0  # pairs of a question, spread evenly over its right and wrong answers; 0: every right x wrong
+    min_correct: int = 1  # right samples that a question needs to be trained on; 2 thins out lucky guesses
+    reference: Literal["initial", "iteration_start"] = "initial"  # the same with reset_model
     reset_model: bool = True  # every iteration starts from model_name again; False: goes on from the latest
-    internal_epochs: int = 1  # passes over an iteration's data; 0: sampling and grading only
+    internal_epochs: int = 1  # passes over an iteration's data; 0: one iteration's sampling and grading, no training
     # optimizer
     lr: float = 5e-6  # peak; the original has 5e-6 for dpo and 2e-4 for sft, both with LoRA
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"  # decay after the warm-up, to 0 at the last step
-    warmup_steps: int = 45  # linear warm-up, in steps, of every iteration
+    warmup_steps: int = 45  # linear warm-up at the start of every iteration, in steps
     batch_size: int = 24  # pairs (sft: answers; weighted, dpo_listwise: questions) of one optimizer step
-    shuffle: bool = True  # False: pairs in the order of their questions
+    shuffle: Literal["all", "questions", "none"] = "all"  # questions: pairs of one stay together, which is faster
     weight_decay: float = 0.01  # AdamW's decoupled weight decay
     max_grad_norm: float = 1.0  # gradient norm clip; 0: none
     # GPU memory
@@ -112,54 +112,49 @@ class Args:
     max_logp_diff: float = 0.1  # stop if trainer and vLLM differ by more on average, in nats per sampled token
     # evaluation and checkpoint
     evaluation: Literal["both", "accuracy", "loss", "none"] = "both"  # greedy accuracy, loss on fixed samples
-    eval_every: int = 60  # evaluate every so many steps of an iteration, besides its start and the end; 0: only there
+    eval_every: int = 60  # evaluate every so many steps, besides the start and end of an iteration; 0: only there
     skip_first_eval: bool = False  # no evaluation before the first iteration
     save_every: int = 60  # write a checkpoint every so many steps, and at an iteration's end; 0: only there
     save_models: bool = False  # with every checkpoint a Hugging Face folder models/step_<n>, all of them kept
     keep_last: int = 2  # checkpoints kept
 
 
-# ---- Data and prompt -------------------------------------------------------------------------------------------------
-def user_message(row: dict, preamble: str, meta_prompt: str, hint: bool = False) -> str:
-    """Preamble and meta prompt, question, and lines "A) ..."; hint: " (CORRECT)" behind the right option (STaR)."""
-    marked = {row["answer"]: " (CORRECT)"} if hint else {}
-    options = [f"{x}) {choice}{marked.get(x, '')}" for x, choice in zip("ABCD", row["choices"], strict=True)]
-    return "\n\n".join(filter(None, [f"{preamble} {meta_prompt}".strip(), row["question"], "\n".join(options)]))
+# ---- What is trained on, and the loss --------------------------------------------------------------------------------
+LEAK = re.compile(r"\(correct\)|\b(?:hint|marked|given answer|as (?:stated|indicated))\b", re.IGNORECASE)  # of the mark
+END_TEXT = re.compile(r"(?:<\|(?:eot_id|eom_id|im_end|end_of_text|endoftext|end)\|>|</s>|<end_of_turn>)\s*$")
 
 
-LEAK = re.compile(r"\(correct\)|hint|marked|given answer|as (?:stated|indicated)", re.IGNORECASE)
-END_TEXT = re.compile(r"(?:<\|(?:eot_id|im_end|end_of_text|endoftext|end)\|>|</s>|<end_of_turn>)\s*$")
+def load_generations(path: str, dataset: list[dict], split: list[int], asked: list[dict], message, tokenizer):
+    """Graded samples of the questions `asked`, from a samples/*.jsonl of ours or a .csv with the original's columns.
 
-
-def load_generations(path: str, split: dict[int, dict], asked: list[dict], message, tokenizer) -> list[dict]:
-    """Graded samples of the questions `asked`, from a generated.jsonl of ours or a .csv with the original's columns.
-
-    split: {id: question}, where every sample must belong; message(question): what must stand in the sample's prompt.
-    Samples without text are passed over. Another model's end token becomes this tokenizer's.
+    All must be of questions in `split` (ids), with message(question) in their prompts; those without text are passed
+    over. Another model's end token becomes this tokenizer's. No path: [].
     """
+    if not path:
+        return []
     decode, rows = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False), []
+    split, wanted = set(split), {question["id"] for question in asked}
     for where, row in read_rows(path):
         try:
             number, raw, score = int(float(row["indices"])), str(row["raw_responses"] or ""), float(row["scores"])
             prompt, tokens = " ".join(row["prompted_questions"].split()), row.get("token_ids")
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             fail(f"{where} needs the columns indices, prompted_questions, raw_responses and scores.")
         if number not in split:
             fail(f"{where}: question {number} is not in this split; was it generated for another split or dataset?")
-        if " ".join(message(split[number]).split()) not in prompt:
+        if " ".join(message(dataset[number]).split()) not in prompt:
             fail(f"{where} was generated with another prompt; give the same --dataset, --preamble and --meta-prompt.")
-        text = END_TEXT.sub("", raw)
+        text = END_TEXT.sub("", raw.removesuffix(tokenizer.eos_token))
         if not isinstance(tokens, list) or decode(tokens) != raw:
             tokens = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * (text != raw)
-        rows.append({"indices": number, "subjects": split[number]["subject"], "raw_responses": raw, "scores": score,
+        rows.append({"indices": number, "subjects": dataset[number]["subject"], "raw_responses": raw, "scores": score,
                      "model_answers": row.get("model_answers") or row.get("answers") or None, "token_ids": tokens,
-                     "finish_reason": "length" if text == raw else "stop"})
-    kept = [row for row in rows if row["raw_responses"] and row["indices"] in {question["id"] for question in asked}]
+                     "finish_reason": row.get("finish_reason") or ("length" if text == raw else "stop")})
+    kept = [row for row in rows if row["raw_responses"] and row["indices"] in wanted]
     print(f"{path}: {len(kept)} of {len(rows)} samples have a text and belong to the questions asked")
     return kept or fail(f"{path} holds no sample of the questions asked.")
 
 
-# ---- What is trained on, and the loss --------------------------------------------------------------------------------
 def make_pairs(right: list, wrong: list, max_pairs: int, rng) -> list[list]:
     """[chosen, rejected] for all right x wrong; over max_pairs > 0: that many, in turn over both, shuffled by rng."""
     pairs = [[a, b] for a in right for b in wrong]
@@ -180,7 +175,7 @@ def make_units(rows: list[dict], strategy: str, max_pairs: int, min_correct: int
         groups[row["indices"]].append(i)
     for group in groups.values():
         right, wrong = ([i for i in group if (rows[i]["scores"] == 1) == is_right] for is_right in (True, False))
-        if len(right) < max(1, min_correct):
+        if len(right) < min_correct:
             continue
         if strategy in ("sft", "sft_unique"):
             units += [[i] for i in right][: 1 if strategy == "sft_unique" else None]
@@ -310,8 +305,9 @@ def make_engine(args, device, max_model_len: int):
         options = {"kv_cache_memory_bytes": 2**30, "enforce_eager": True}
     dtype = "bfloat16" if device.type == "cuda" else "float32"  # "auto" would read fp32 checkpoints as fp16
     try:
-        return LLM(model=args.model_name, load_format="dummy", dtype=dtype, max_model_len=max_model_len, seed=args.seed,
-                   trust_remote_code=args.trust_remote_code, logprobs_mode="processed_logprobs", **options)
+        return LLM(model=args.model_name, tokenizer=getattr(args, "tokenizer_name", "") or None, load_format="dummy",
+                   dtype=dtype, max_model_len=max_model_len, seed=args.seed, trust_remote_code=args.trust_remote_code,
+                   logprobs_mode="processed_logprobs", **options)
     except Exception as error:  # memory and configuration errors have no common base class
         fail(f"vLLM did not start with {args.model_name} ({' '.join(str(error).split())[:300]}).")
 
@@ -414,6 +410,7 @@ def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
             training = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
         except Exception as error:  # whatever is wrong with the files, the answer is the same
             print(f"warning: checkpoint {path} is damaged and passed over: {error}", file=sys.stderr)
+            path.rename(path.with_name(f"damaged_{path.name}_{int(time.time())}"))  # or it would push sound ones out
             continue
         policy.load_state_dict(weights, strict=False)  # strict: LoRA's frozen weights are not in the file
         optimizer.load_state_dict(training["optimizer"])
@@ -453,9 +450,9 @@ if __name__ == "__main__":
     preference, by_tokens = "dpo" in args.strategy, "sft" in args.strategy  # with a reference; mean over tokens
     check_arguments(args, positive=(
         "max_prompt_tokens samples_per_question max_new_tokens temperature questions_per_rollout score_lambda beta "
-        "batch_size max_tokens_per_microbatch head_chunk keep_last").split())
-    if args.samples_per_question < 2 and not by_tokens and args.internal_epochs * args.num_iterations:
-        fail(f"--strategy {args.strategy} compares answers to one question; --samples-per-question must be at least 2.")
+        "min_correct batch_size max_tokens_per_microbatch head_chunk keep_last").split())
+    if not by_tokens and args.samples_per_question <= args.min_correct and args.internal_epochs * args.num_iterations:
+        fail(f"--strategy {args.strategy} takes right and wrong: --samples-per-question must be over --min-correct.")
     if args.strategy != "dpo" and (args.rpo_alpha or args.label_smoothing or args.max_pairs or args.dpo_loss == "ipo"):
         fail("--rpo-alpha, --label-smoothing, --max-pairs and --dpo-loss belong to --strategy dpo; leave them out.")
     if args.label_smoothing >= 0.5 or (args.label_smoothing and args.dpo_loss == "ipo"):
@@ -464,35 +461,35 @@ if __name__ == "__main__":
     # data
     name = args.tokenizer_name or args.model_name
     tokenizer, context = load_tokenizer(name, args.system_prompt, args.trust_remote_code)
+    if args.ref_model_name and load_tokenizer(args.ref_model_name, "")[0].get_vocab() != tokenizer.get_vocab():
+        fail(f"--ref-model-name {args.ref_model_name} has another vocabulary than {name}; take one with the same.")
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    message = functools.partial(user_message, preamble=args.preamble, meta_prompt=args.meta_prompt)
     decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
 
     @functools.cache
     def encode(text):
         return encode_prompt(tokenizer, text, args.system_prompt)
 
-    def message(row, meta_prompt=args.meta_prompt, hint=False):
-        return user_message(row, args.preamble, meta_prompt, hint)
-
     def choose(dataset, split, most):
         rows = [dataset[i] for i in split_ids(len(dataset))[split]][: most or None]
         fitting = [row for row in rows if len(encode(message(row))) <= args.max_prompt_tokens]
         print(f"{split}: {len(fitting)} questions, {len(rows) - len(fitting)} over --max-prompt-tokens left out")
         return fitting or fail(f"no {split} question is left; raise --max-prompt-tokens or give a larger dataset.")
-
     dataset = load_questions(args.dataset)
     questions = choose(dataset, "train", args.num_train_questions)
     eval_sets = {"": choose(dataset, args.eval_split, args.eval_size)}
     for name in args.eval_datasets:
-        eval_sets[f"{Path(name).stem}_"] = choose(load_questions(name), args.eval_split, args.eval_size)
-    texts = [{"question": message(row, meta_prompt, args.rationalize > 0)} for rows in (questions, *eval_sets.values())
-             for row in rows for meta_prompt in (args.meta_prompt, *args.meta_prompts)]
+        other = load_questions(name)
+        if len(other) == len(dataset) and any(a["answer"] != b["answer"] for a, b in zip(other, dataset, strict=True)):
+            fail(f"{name} is not {args.dataset} row by row: its {args.eval_split} questions may be training questions.")
+        eval_sets[f"{Path(name).stem}_"] = choose(other, args.eval_split, args.eval_size)
+    texts = [{"question": message(row, meta_prompt=text, hint=args.rationalize > 0)} for rows in (
+        questions, *eval_sets.values()) for row in rows for text in (args.meta_prompt, *args.meta_prompts)]
     max_model_len = check_lengths(texts, encode, args.max_new_tokens, context)
-
-    preloaded, val_rows = [
-        load_generations(path, {i: dataset[i] for i in split_ids(len(dataset))[split]}, rows, message, tokenizer)
-        if path else [] for path, split, rows in (
-            (args.preload_train, "train", questions), (args.preload_val, args.eval_split, eval_sets[""]))]
+    ids = split_ids(len(dataset))
+    preloaded = load_generations(args.preload_train, dataset, ids["train"], questions, message, tokenizer)
+    val_rows = load_generations(args.preload_val, dataset, ids[args.eval_split], eval_sets[""], message, tokenizer)
     run_dir = Path(open_run(args, __file__))  # that of an earlier start of the same --run-name is resumed below
     metrics_path = run_dir / "metrics.jsonl"
 
@@ -506,6 +503,8 @@ if __name__ == "__main__":
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
         set_seed(args.seed)
     policy = load_policy(args, device, dtype if args.lora_r else torch.float32, args.lora_r)
+    policy.generation_config.eos_token_id = tokenizer.eos_token_id if args.tokenizer_name else (
+        policy.generation_config.eos_token_id)
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     initial = {n: p.detach().to("cpu", copy=True) for n, p in policy.named_parameters() if p.requires_grad}
     sizes = {"pad_id": pad_id, "max_tokens": args.max_tokens_per_microbatch, "head_chunk": args.head_chunk}
@@ -517,11 +516,12 @@ if __name__ == "__main__":
         "step": 0, "iteration": 0, "position": 0, "logged": 0, "val_refs": None}
     with open(metrics_path, "ab") as file:
         file.truncate(state["logged"])
+    (run_dir / "samples").mkdir(exist_ok=True)
     newest = {"val": state["step"], "train": state["iteration"] + 1, "hinted": state["iteration"] + 1}
-    for folder in run_dir.glob("*_[0-9]*"):
-        kind, number = folder.name.split("_")[:2]
-        if int(number) > newest.get(kind, math.inf):
-            shutil.rmtree(folder)
+    for path in (run_dir / "samples").glob("*_[0-9]*.jsonl"):
+        kind, number = path.stem.split("_")[:2]
+        if number.isdigit() and int(number) > newest.get(kind, math.inf):
+            path.unlink()
     signals = []
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: signals.append(number))
@@ -536,76 +536,79 @@ if __name__ == "__main__":
         if args.track:
             wandb.log(record)
 
-    def sequences(rows):  # what is scored and trained on: the prompt (without a hint) and the answer, as token ids
-        return [encode(message(dataset[row["indices"]])) for row in rows], [row["token_ids"] for row in rows]
+    def prompt_of(row):  # token ids of an answer's prompt, without a hint: what it is scored and trained with
+        return encode(message(dataset[row["indices"]]))
+
+    def checksum(rows):  # of numbers only, so it is the same in every process
+        return hash(tuple((*row["token_ids"], row["scores"]) for row in rows))
 
     def generate(name, asked, n, temperature, meta_prompt=args.meta_prompt, hint=False):
-        """n graded samples of each question, kept in <name>/generated.jsonl; goes on behind its last whole rollout."""
-        path, chunk, rows = run_dir / name / "generated.jsonl", args.questions_per_rollout, []
-        path.parent.mkdir(exist_ok=True)
-        if path.exists():
-            lines = path.read_text().split("\n")[:-1]  # without one that a kill cut off
-            whole = len(lines) if len(lines) == len(asked) * n else len(lines) // (chunk * n) * chunk * n
-            rows = list(map(json.loads, lines[:whole]))
-        missing = len(rows) < len(asked) * n
-        if missing:
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            sync_weights(llm, policy, sleep)
+        """n graded samples of each question, kept in samples/<name>.jsonl; goes on behind its last whole rollout."""
+        path, chunk = run_dir / "samples" / f"{name}.jsonl", args.questions_per_rollout
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # without one that a kill cut off
+        lines = lines[: len(lines) if len(lines) == len(asked) * n else len(lines) // (chunk * n) * chunk * n]
+        rows = list(map(json.loads, lines))
+        if len(rows) == len(asked) * n:
+            return rows
+        with open(path, "ab") as file:
+            file.truncate(sum(len(line) + 1 for line in lines))
+        sync_weights(llm, policy, sleep)
         for start in range(len(rows) // n, len(asked), chunk):
             draw = int(np.random.default_rng([args.seed, start, *name.encode()]).integers(2**32))
             for set_seed in (np.random.seed, torch.manual_seed):  # vLLM draws from torch's, on a GPU from numpy's
                 set_seed(draw)
             llm.reset_prefix_cache()  # a filled one would change the batches, hence what a resumed run draws
-            part = [row for row in asked[start : start + chunk] for _ in range(n)]
-            prompts = [encode(message(row, meta_prompt, hint)) for row in part]
-            samples, new = rollout(llm, prompts[::n], n, temperature, args.max_new_tokens), []
-            for row, prompt, sample in zip(part, prompts, samples, strict=True):
-                tokens = sample["tokens"]
-                if tokenizer.eos_token_id in tokens:  # a base model goes on behind its chat sibling's end token
-                    tokens, sample["finish_reason"] = tokens[: tokens.index(tokenizer.eos_token_id) + 1], "stop"
-                answer = extract_letter(decode(tokens), args.extraction) if sample["finish_reason"] == "stop" else None
-                new.append({
-                    "indices": row["id"], "subjects": row["subject"], "prompted_questions": decode(prompt),
-                    "raw_responses": decode(tokens), "model_answers": answer, "token_ids": tokens,
-                    "correct_answers": row["answer"], "scores": float(answer == row["answer"]),
-                    "finish_reason": sample["finish_reason"]})
-            if start == 0 and temperature:  # the trainer's log-probabilities against vLLM's
-                ours = score(policy, prompts[:64], [row["token_ids"] for row in new[:64]], temperature, **sizes)
-                theirs = [torch.tensor(x["logps"])[: len(y["token_ids"])] for x, y in zip(samples, new, strict=True)]
-                gaps = torch.cat([(x[: len(y)] - y).abs() for x, y in zip(ours, theirs, strict=False)])
+            part = asked[start : start + chunk]
+            prompts = [encode(message(row, meta_prompt=meta_prompt, hint=hint)) for row in part]
+            samples = rollout(llm, prompts, n, temperature, args.max_new_tokens)
+            for i, sample in enumerate(samples):
+                row, text = part[i // n], decode(sample["tokens"])
+                answer = extract_letter(text, args.extraction) if sample["finish_reason"] == "stop" else None
+                rows.append({"indices": row["id"], "subjects": row["subject"], "correct_answers": row["answer"],
+                             "prompted_questions": decode(prompts[i // n]), "raw_responses": text,
+                             "model_answers": answer, "scores": float(answer == row["answer"]),
+                             "token_ids": sample["tokens"], "finish_reason": sample["finish_reason"]})
+            if start == 0 and temperature:  # the first samples' log-probabilities, the trainer's against vLLM's
+                few, first_prompts = samples[:64], [prompt for prompt in prompts for _ in range(n)][:64]
+                ours = score(policy, first_prompts, [x["tokens"] for x in few], temperature, **sizes)
+                gaps = [a[: len(x["logps"])] - torch.tensor(x["logps"]) for a, x in zip(ours, few, strict=True)]
+                gaps = torch.cat(gaps).abs()
                 if not gaps.mean() <= args.max_logp_diff:  # NaN fails too
-                    fail(f"trainer and vLLM differ by {gaps.mean():.3f} nats a token in {name}, over --max-logp-diff: "
-                         "stale weights, another temperature or prompt, or changed logits?")
-                new[0] |= {"logp_diff_mean": gaps.mean().item(), "logp_diff_max": gaps.max().item()}
+                    fail(f"trainer and vLLM differ by {gaps.mean():.3f} nats a token in {name}, over --max-logp-diff.")
+                rows[0] |= {"logp_diff_mean": gaps.mean().item(), "logp_diff_max": gaps.max().item()}
             with open(path, "a") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in new))
-            rows += new
+                file.writelines(json.dumps(row) + "\n" for row in rows[start * n :])
             print(f"{name}: {len(rows) // n} of {len(asked)} questions", flush=True)
-        if missing and sleep:
+            if signals:
+                print(f"signal {signals[0]}: these samples are kept; --run-name {run_dir.name} goes on from there.")
+                sys.exit(128 + signals[0])
+        if sleep:
             llm.sleep(level=2)
         return rows
 
     def reference_logps(rows, units):
         """log p_ref of every answer that stands in `units`, 0 for the others: [len(rows)] fp64. Once an iteration."""
-        logps, used = torch.zeros(len(rows)).double(), sorted({i for unit in units for i in unit} if preference else ())
-        reference = policy
+        logps, reference = torch.zeros(len(rows)).double(), policy
+        used = sorted({i for unit in units for i in unit}) if preference else []
         if used and args.ref_model_name:
             reference = load_policy(replace(args, model_name=args.ref_model_name), device, policy.dtype, 0)
-        for part in [used[i : i + 512] for i in range(0, len(used), 512)]:
-            logps[part] = score(reference, *sequences([rows[i] for i in part]), 1.0, **sizes).double().sum(1)
+        for part in [used[i : i + 512] for i in range(0, len(used), 512)]:  # 512: bounds the matrix that score returns
+            prompts, answers = [prompt_of(rows[i]) for i in part], [rows[i]["token_ids"] for i in part]
+            logps[part] = score(reference, prompts, answers, 1.0, **sizes).double().sum(1)
         return logps
 
     def run_units(rows, units, refs, train):
         """Mean loss over the units, and the other means that are logged; train: with the backward pass."""
-        used = sorted({i for unit in units for i in unit})
-        prompts, answers = (dict(zip(used, ids, strict=True)) for ids in sequences([rows[i] for i in used]))
-        denominator = sum(len(answers[i]) for unit in units for i in unit) if by_tokens else len(units)
-        padded = [len(unit) * max(len(prompts[i]) + len(answers[i]) for i in unit) for unit in units]
+        groups = [list(group) for _, group in groupby(units, key=lambda unit: rows[unit[0]]["indices"])]
+        shared = [{i for unit in group for i in unit} for group in groups]  # an answer of several pairs is run once
+        longest = [max(len(prompt_of(rows[i])) + len(rows[i]["token_ids"]) for i in ids) for ids in shared]
+        padded = [length * max(map(len, shared)) for length in longest]  # tokens, if every group were the largest
+        denominator = sum(len(rows[i]["token_ids"]) for unit in units for i in unit) if by_tokens else len(units)
         sums = defaultdict(float)
         for part in micro_batches(padded, args.max_tokens_per_microbatch):
-            part = [units[j] for j in part]
-            used = sorted({i for unit in part for i in unit})  # an answer that stands in several pairs is run once
-            inputs = pad_batch([prompts[i] for i in used], [answers[i] for i in used], pad_id, device)
+            part = [unit for j in part for unit in groups[j]]
+            used = sorted({i for unit in part for i in unit})
+            inputs = pad_batch([prompt_of(rows[i]) for i in used], [rows[i]["token_ids"] for i in used], pad_id, device)
             with torch.set_grad_enabled(train):
                 logps = token_logprobs(policy, *inputs, 1.0, args.head_chunk)[0].double().sum(1)  # [len(used)]
                 ref, lengths, stats = refs[used].to(device), inputs[2], {}
@@ -617,7 +620,7 @@ if __name__ == "__main__":
                     losses = -logps
                 else:
                     scores = torch.tensor([rows[i]["scores"] for i in used], device=device).double()
-                    losses = torch.stack([target_loss(*(x[p] for x in (logps, ref, scores)), args.strategy, args.beta,
+                    losses = torch.stack([target_loss(logps[p], ref[p], scores[p], args.strategy, args.beta,
                                                       args.score_lambda) for p in places])
             if train:
                 (losses.sum() / denominator).backward()
@@ -629,22 +632,18 @@ if __name__ == "__main__":
     def run_evaluation():
         started, record = time.perf_counter(), {"step": step}  # with --evaluation none there is nothing more
         for name, asked in eval_sets.items() if args.evaluation in ("both", "accuracy") else ():
-            rows = generate(f"val_{step}_{name}".rstrip("_"), asked, 1, 0.0)
-            record |= {f"eval/{name}{key}": value for key, value in choice_figures(rows).items()}
-            in_loss = {val_rows[i]["indices"] for unit in val_units for i in unit}
-            if scores := [row["scores"] for row in rows if row["indices"] in in_loss and not name]:
-                record["eval/accuracy_in_loss"] = float(np.mean(scores))
+            figures = choice_figures(generate(f"val_{step}_{name}".rstrip("_"), asked, 1, 0.0))
+            record |= {f"eval/{name}{key}": value for key, value in figures.items()}
         if val_units:
             record |= {f"eval/{k}": x for k, x in run_units(val_rows, val_units, state["val_refs"], False).items()}
         log(record | {"time/eval": time.perf_counter() - started})
-        shown = [key for key in ("eval/accuracy", "eval/no_answer", "eval/loss") if key in record]
-        print(f"after step {step}:", *(f"{key} {record[key]:.3f}" for key in shown), flush=True)
+        shown = [f"{k} {record[k]:.4f}" for k in ("eval/accuracy", "eval/no_answer", "eval/loss") if k in record]
+        print(f"after step {step}:", *shown, flush=True)
 
     for number, meta_prompt in enumerate(args.meta_prompts):  # a study of prompts instead of training
         figures = choice_figures(generate(f"meta_{number}", questions, 1, args.temperature, meta_prompt))
         log({"step": 0, "meta_prompt": meta_prompt} | {f"meta/{name}": x for name, x in figures.items()})
-        print("accuracy {accuracy:.4f} [{accuracy_low:.4f}, {accuracy_high:.4f}]  no_eos {no_eos:.3f}  no_answer "
-              "{no_answer:.3f}  length {length:.1f}  {}".format(meta_prompt, **figures), flush=True)
+        print(meta_prompt, {k: round(x, 4) for k, x in figures.items() if not k.startswith(("category", "subject"))})
     if args.meta_prompts:
         sys.exit(0)
 
@@ -653,7 +652,9 @@ if __name__ == "__main__":
         val_rows = val_rows or generate("val_samples", eval_sets[""], args.samples_per_question, args.temperature)
         val_units = make_units(val_rows, args.strategy, args.max_pairs, args.min_correct, args.seed)
         if state["val_refs"] is None:
-            state["val_refs"] = reference_logps(val_rows, val_units)
+            state |= {"val_refs": reference_logps(val_rows, val_units), "val_check": checksum(val_rows)}
+        if state["val_check"] != checksum(val_rows):
+            fail(f"samples/val_samples.jsonl in {run_dir} (or --preload-val) has changed; put it back.")
 
     for iteration in range(state["iteration"], args.num_iterations):
         # sample from the latest model and grade, or (position > 0: a resumed iteration) read what was sampled
@@ -672,7 +673,7 @@ if __name__ == "__main__":
             hinted = generate(f"hinted_{iteration + 1}", failed, 1, args.temperature, hint=True) if failed else []
             rows = rows + [row for row in hinted if row["scores"] == 1 and not LEAK.search(row["raw_responses"])]
         units = make_units(rows, args.strategy, args.max_pairs, args.min_correct, args.seed + iteration)
-        batches = math.ceil(len(units) / args.batch_size)
+        owners, batches = [rows[unit[0]]["indices"] for unit in units], math.ceil(len(units) / args.batch_size)
         total = args.internal_epochs * batches
         if first == 0:
             log({"step": step, "iteration": iteration + 1, "time/rollout": time.perf_counter() - t1,
@@ -680,31 +681,35 @@ if __name__ == "__main__":
                  **{f"rollout/{key}": rows[0][key] for key in ("logp_diff_mean", "logp_diff_max") if key in rows[0]},
                  "rollout/units": len(units), "rollout/rationalized": 1 - sampled / len(rows)})
             print(f"iteration {iteration + 1}: {len(rows)} samples, {len(units)} units, {total} steps", flush=True)
-            if not units and args.internal_epochs:
-                fail(f"no question has the right (and wrong) samples that {args.strategy} needs in iteration "
-                     f"{iteration + 1}; raise --samples-per-question or --num-train-questions.")
+            if not args.internal_epochs:
+                break
+            if not units:
+                fail(f"no question has the right or wrong samples {args.strategy} needs; raise --samples-per-question.")
 
             # the reference, then the weights that this iteration starts from
             latest = initial if args.reset_model else {
                 n: p.detach().to("cpu", copy=True) for n, p in policy.named_parameters() if p.requires_grad}
             policy.load_state_dict(initial if args.reference == "initial" else latest, strict=False)
-            state["refs"] = reference_logps(rows, units if args.internal_epochs else [])
+            state["refs"] = reference_logps(rows, units)
             if args.reference == "iteration_start":
                 state["val_refs"] = reference_logps(val_rows, val_units)
             policy.load_state_dict(latest, strict=False)
             optimizer.state.clear()
-        elif len(units) != state["units"]:
-            fail(f"the samples in {run_dir}/train_{iteration + 1} have changed; put them back or start another run.")
+            state["check"] = checksum(rows)
+        elif state["check"] != checksum(rows):
+            fail(f"samples/train_{iteration + 1}.jsonl in {run_dir} (or --preload-train) has changed; put it back.")
 
         bar = tqdm(range(first, total), initial=first, total=total, disable=None)
         for position in bar:
-            if position and args.eval_every and position % args.eval_every == 0:
+            if position and args.eval_every and step % args.eval_every == 0:
                 run_evaluation()
             t2 = time.perf_counter()
-            epoch, batch = divmod(position, batches)
-            order = np.random.default_rng([args.seed, iteration, epoch]).permutation(len(units))
-            batch = range(len(units))[batch * args.batch_size :][: args.batch_size]
-            batch = [units[order[i] if args.shuffle else i] for i in batch]
+            epoch, place = divmod(position, batches)
+            permutation = np.random.default_rng([args.seed, iteration, epoch]).permutation
+            order = permutation(len(units)) if args.shuffle == "all" else np.arange(len(units))
+            if args.shuffle == "questions":
+                order = np.argsort(permutation(len(dataset))[owners], kind="stable")
+            batch = [units[i] for i in order[place * args.batch_size :][: args.batch_size]]
             lr = args.lr * lr_multiplier(position, args.warmup_steps, total, args.lr_schedule)
             optimizer.param_groups[0]["lr"] = lr
             figures = run_units(rows, batch, state["refs"], train=True)
@@ -727,7 +732,7 @@ if __name__ == "__main__":
             stop, last = signals[:1], position + 1 == total
             if last or (args.save_every and step % args.save_every == 0) or stop:
                 state |= {"step": step, "iteration": iteration + last, "position": 0 if last else position + 1,
-                          "units": len(units), "logged": metrics_path.stat().st_size}
+                          "logged": metrics_path.stat().st_size}
                 save_checkpoint(run_dir / "checkpoints", policy, optimizer, state, args.keep_last)
                 if args.save_models and not (run_dir / "models" / f"step_{step}").exists():
                     save_final(run_dir / "models" / f"step_{step}", policy, tokenizer, dtype)
@@ -739,12 +744,7 @@ if __name__ == "__main__":
     run_evaluation()
     if args.num_iterations * args.internal_epochs:
         save_final(run_dir / "final", policy, tokenizer, dtype)
-    print(f"in {run_dir}: the model in final, samples in train_* and val_*, metrics.jsonl")
+        print(f"model: {run_dir / 'final'}   metrics: {metrics_path}   samples: {run_dir / 'samples'}")
     records = [r for r in map(json.loads, metrics_path.read_text().splitlines()) if "time/eval" in r]
-    for key in [key for key in (records or [{}])[-1] if key.startswith("eval/") and "/subject_" not in key]:
+    for key in [key for key in (records or [{}])[-1] if key.startswith("eval/") and "subject_" not in key]:
         print(f"{key:<32}{records[0].get(key, math.nan):>10.3f}{records[-1][key]:>10.3f}")
-    files = [run_dir / f"val_{number}" / "generated.jsonl" for number in (0, step)]
-    if step and all(map(Path.exists, files)):
-        a, b = ([json.loads(line)["scores"] for line in file.read_text().splitlines()] for file in files)
-        change = paired_bootstrap(b, a)
-        print("accuracy, after - before: {difference:+.4f} [{low:+.4f}, {high:+.4f}], p {p:.4f}".format(**change))

@@ -284,7 +284,9 @@ LETTERS = {
     "Answer:C<|im_end|>": "C", "Answer: (d)": "D", "**Answer: B**": "B", "Answer : b.": "B", "\\text{Answer: A}": "A",
     "الإجابة: ب": "B", "الإجابة الصحيحة هي: د": "D", "উত্তর: ড": "C", "উত্তরঃ ঢ": "D", "উত্তর: বাংলা": None,
     "Jibu: A": "A", "정답: B": "B", "答え：Ｄ": "D", "Respuesta: C)": "C", "Àdáhùn: C": "C", "Answer: D'Alembert": None,
-    "Answer: E": None,
+    "Answer: E": None, "答案：B选项": "B", "정답: B입니다": "B", "答え：Bです": "B", "Answer: a decrease": None,
+    "Answer: `B`": "B", 'Answer: "c"': "C", "Answer: \\textbf{B}": "B", "答案是：B": "B", "Answer: a.": "A",
+    "Respuesta: a la derecha": None,
     "Answer: A\nAnswer: none": "A", "Answer: $\\boxed{C}$.": "C", "": None, "Answer:": None, "उत्तर: A": "A",
     "\u200bAnswer\u200b:\u200bB": "B", "Answer: B, because C is wrong": "B", "I'd say Answer: Bob": None,
 }  # fmt: skip
@@ -439,13 +441,14 @@ def original_csv(path, *rows):
 def test_generations_of_the_original(tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(TOY_MC / "model")
     split = {4: QUESTION | {"id": 4, "answer": "B"}, 9: QUESTION | {"id": 9, "question": "2 + 0?", "answer": "B"}}
+    dataset = [split.get(i, split[4]) for i in range(12)]
     message = lambda row: user_message(row, "Answer.", "")
     asked = {number: message(row) for number, row in split.items()}
     path = original_csv(
         tmp_path / "a.csv", (4, asked[4], "B", "So 2.\nAnswer: B<|eot_id|>", 1.0), (4, asked[4], "", "On and on", 0.0),
         (4.0, asked[4], "", "", 0.0), (9, asked[9], "A", "Answer: A<|eot_id|>", 0.0),
     )  # fmt: skip
-    rows = load_generations(path, split, [split[4]], message, tokenizer)
+    rows = load_generations(path, dataset, [4, 9], [split[4]], message, tokenizer)
     assert [row["indices"] for row in rows] == [4, 4] and "2 of 4 samples" in capsys.readouterr().out
     assert tokenizer.decode(rows[0]["token_ids"]) == "So 2.\nAnswer: B<|im_end|>"
     assert rows[0]["token_ids"][-1] == tokenizer.eos_token_id and rows[0]["finish_reason"] == "stop"
@@ -458,17 +461,19 @@ def test_generations_of_the_original(tmp_path, capsys):
     }  # fmt: skip
     for text, row in problems.items():
         with pytest.raises(SystemExit):
-            load_generations(original_csv(tmp_path / "b.csv", row), split, list(split.values()), message, tokenizer)
+            load_generations(
+                original_csv(tmp_path / "b.csv", row), dataset, [4, 9], list(split.values()), message, tokenizer
+            )
         error = capsys.readouterr().err
         assert text in error and "b.csv, line" in error
     with pytest.raises(SystemExit):
-        load_generations(path, split, [], message, tokenizer)
+        load_generations(path, dataset, [4, 9], [], message, tokenizer)
     assert "holds no sample" in capsys.readouterr().err
 
 
 # ---- what a user can get wrong ---------------------------------------------------------------------------------------
 ARGUMENTS = {
-    "dpo with one sample": (["--samples-per-question", 1], "--samples-per-question must be at least 2"),
+    "dpo with one sample": (["--samples-per-question", 1], "--samples-per-question must be over --min-correct"),
     "rpo with sft": (["--strategy", "sft", "--rpo-alpha", 1], "belong to --strategy dpo"),
     "cap with listwise": (["--strategy", "dpo_listwise", "--max-pairs", 3], "belong to --strategy dpo"),
     "smoothed ipo": (["--dpo-loss", "ipo", "--label-smoothing", 0.1], "and 0 with --dpo-loss ipo"),
