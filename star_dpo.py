@@ -687,6 +687,7 @@ if __name__ == "__main__":
                 fail(f"no question has the right or wrong samples {args.strategy} needs; raise --samples-per-question.")
 
             # the reference, then the weights that this iteration starts from
+            t2 = time.perf_counter()
             latest = initial if args.reset_model else {
                 n: p.detach().to("cpu", copy=True) for n, p in policy.named_parameters() if p.requires_grad}
             policy.load_state_dict(initial if args.reference == "initial" else latest, strict=False)
@@ -694,11 +695,11 @@ if __name__ == "__main__":
             if args.reference == "iteration_start":
                 state["val_refs"] = reference_logps(val_rows, val_units)
             policy.load_state_dict(latest, strict=False)
+            log({"step": step, "iteration": iteration + 1, "time/scoring": time.perf_counter() - t2})
             optimizer.state.clear()
             state["check"] = checksum(rows)
         elif state["check"] != checksum(rows):
             fail(f"samples/train_{iteration + 1}.jsonl in {run_dir} (or --preload-train) has changed; put it back.")
-
         bar = tqdm(range(first, total), initial=first, total=total, disable=None)
         for position in bar:
             if position and args.eval_every and step % args.eval_every == 0:
@@ -727,7 +728,6 @@ if __name__ == "__main__":
                                     or 1024 * getrusage(RUSAGE_SELF).ru_maxrss) / 1e9})
             line = "  ".join(f"{k} {v:.3f}" for k, v in figures.items() if k in ("loss", "margin", "ranking_accuracy"))
             print(f"step {step}  {line}", flush=True) if bar.disable else bar.set_postfix_str(line)
-
             # checkpoint
             stop, last = signals[:1], position + 1 == total
             if last or (args.save_every and step % args.save_every == 0) or stop:

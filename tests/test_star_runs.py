@@ -1,0 +1,256 @@
+"""star_dpo.py as a user runs it, on the toy with options: it learns, resumes exactly and reuses samples."""
+
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, STAR_RUN, TOY_MC, training
+
+from eval_gsm8k import split_ids
+
+README = (ROOT / "README.md").read_text()
+NOT_REPEATABLE = ("time/", "memory/", "charts/samples_per_second", "charts/tokens_per_second")
+MODES = {
+    "dpo": [  # everything that changes from iteration to iteration
+        "--lora-r", 0, "--no-reset-model", "--reference", "iteration_start", "--rpo-alpha", 1, "--max-pairs", 2,
+        "--rationalize", 0.5, "--eval-datasets", "second.csv", "--samples-per-question", 3, "--shuffle", "questions",
+    ],
+    "sft": ["--strategy", "sft", "--lora-r", 4, "--internal-epochs", 2, "--evaluation", "accuracy"],
+}  # fmt: skip
+WRITTEN = {}  # name of a run: keys of its metrics.jsonl
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def results(folder):
+    """(weights, metrics, samples) of a finished run, without what a clock decides."""
+    metrics = [{k: v for k, v in r.items() if not k.startswith(NOT_REPEATABLE)} for r in records(folder)]
+    samples = {path.name: path.read_text() for path in (folder / "samples").iterdir()}
+    return (folder / "final" / "model.safetensors").read_bytes(), metrics, samples
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory):
+    """The toy's questions in MMMLU's layout: the same rows "in another language"."""
+    path = tmp_path_factory.mktemp("data") / "second.csv"
+    lines = ["Question,A,B,C,D,Answer,Subject"]
+    for row in map(json.loads, (TOY_MC / "questions.jsonl").open()):
+        assert "," not in row["question"]
+        lines.append(",".join([row["question"], *row["choices"], "ABCD"[row["answer"]], row["subject"]]))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module", params=MODES)
+def mode(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def command(mode, second):
+    return [*STAR_RUN, *(str(second) if x == "second.csv" else str(x) for x in MODES[mode])]
+
+
+@pytest.fixture(scope="module")
+def reference(mode, command, tmp_path_factory):
+    """A run that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("reference")
+    process = training("--output-dir", folder, command=command)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    WRITTEN[mode] = {key for record in records(folder / "run") for key in record}
+    return folder / "run"
+
+
+def test_killed_while_sampling_and_while_training(command, reference, tmp_path):
+    """SIGKILL in the middle of the first iteration's samples, then in the middle of an iteration's steps."""
+    folder, moment = tmp_path / "run", random.Random()
+    steps = sum("losses/loss" in record for record in records(reference))
+    for what, most in (("samples", 2), ("steps", steps - 2)):
+        process, target = training("--output-dir", tmp_path, command=command), moment.randint(1, most)
+        while True:
+            path = folder / ("samples/train_1.jsonl" if what == "samples" else "metrics.jsonl")
+            text = path.read_text() if path.exists() else ""
+            if (text.count("\n") // 6 if what == "samples" else text.count('"losses/loss"')) >= target:
+                break
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if what == "samples":  # and a line that was cut off
+            with open(path, "a") as file:
+                file.write('{"indices": 1, "sub')
+    process = training("--output-dir", tmp_path, command=command)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    again = results(folder)
+    for a, b in zip(again[1], results(reference)[1], strict=True):
+        assert a == b
+    assert again == results(reference)
+
+
+def test_reference_run(mode, reference):
+    """What a run says of itself: the first loss, the self-check, splits, what it wrote."""
+    rows, split = records(reference), split_ids(3000)
+    steps = [r for r in rows if "losses/loss" in r]
+    rollouts = [r for r in rows if "rollout/accuracy" in r]
+    assert [r["iteration"] for r in rollouts] == [1, 2]
+    assert all(r["rollout/logp_diff_max"] < 1e-4 for r in rollouts)
+    if mode == "dpo":
+        for iteration in (1, 2):  # policy = reference
+            first = next(r for r in steps if r["iteration"] == iteration)
+            assert first["losses/loss"] - first["dpo/chosen_nll"] == pytest.approx(0.6931471806, abs=1e-6)
+            assert abs(first["dpo/margin"]) < 1e-6 and abs(first["dpo/chosen_reward"]) < 1e-6
+        assert rollouts[0]["rollout/rationalized"] > 0
+        evaluations = [r for r in rows if "eval/accuracy" in r]
+        assert all(r["eval/second_accuracy"] == r["eval/accuracy"] for r in evaluations)  # the same questions
+        assert all(r["rollout/units"] <= 2 * 16 for r in rollouts)
+    for path in (reference / "samples").iterdir():
+        ids = {json.loads(line)["indices"] for line in path.open()}
+        assert ids <= set(split["train"][:16] if path.name[0] in "th" else split["val"][:8])
+    hinted = reference / "samples" / "hinted_1.jsonl"
+    assert mode != "dpo" or all("(CORRECT)" in json.loads(line)["prompted_questions"] for line in hinted.open())
+
+
+def test_changed_samples_and_signals(mode, command, reference, tmp_path):
+    if mode != "dpo":
+        pytest.skip("the same text of code as in the other mode")
+    wandb = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
+    process = training("--output-dir", tmp_path, "--track", command=command, env=os.environ | wandb)
+    folder = tmp_path / "run"
+    while not (folder / "metrics.jsonl").exists() or '"losses/loss"' not in (folder / "metrics.jsonl").read_text():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    output = process.communicate()[0]
+    assert process.returncode == 128 + signal.SIGUSR1 and "--run-name run goes on from there" in output, output
+    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    samples = folder / "samples" / "train_1.jsonl"
+    kept, lines = samples.read_text(), samples.read_text().splitlines()
+    samples.write_text("\n".join([lines[1], lines[0], *lines[2:]]) + "\n")
+    process = training("--output-dir", tmp_path, command=command)
+    assert "samples/train_1.jsonl" in process.communicate()[0] and process.returncode == 2
+    samples.write_text(kept)
+    process = training("--output-dir", tmp_path, "--lr", 2e-3, command=command)
+    assert "--lr was 0.001 and is 0.002" in process.communicate()[0] and process.returncode == 2
+    process = training("--output-dir", tmp_path, command=command)
+    assert process.communicate()[0] and process.returncode == 0
+    assert results(folder) == results(reference)
+
+
+def test_saved_samples_are_the_same_as_new_ones(mode, reference, tmp_path):
+    """A run on another's samples takes the same steps; listwise targets, saved models and --compare work on them."""
+    if mode != "dpo":
+        pytest.skip("one set of samples is enough")
+    samples, steps = reference / "samples", {}
+    common = [
+        "--lora-r",
+        0,
+        "--samples-per-question",
+        3,
+        "--num-iterations",
+        1,
+        "--internal-epochs",
+        1,
+        "--eval-every",
+        0,
+    ]
+    files = ["--preload-train", samples / "train_1.jsonl", "--preload-val", samples / "val_samples.jsonl"]
+    arms = {
+        "new": ["--evaluation", "none"], "jsonl": [*files, "--skip-first-eval", "--save-models"],
+        "listwise": [*files, "--strategy", "dpo_listwise", "--evaluation", "loss", "--shuffle", "none"],
+    }  # fmt: skip
+    for name, extra in arms.items():
+        process = training(*common, *extra, "--output-dir", tmp_path / name, command=STAR_RUN)
+        output = process.communicate()[0]
+        assert process.returncode == 0, output
+        steps[name] = [r["losses/loss"] for r in records(tmp_path / name / "run") if "losses/loss" in r]
+        WRITTEN[name] = {key for record in records(tmp_path / name / "run") for key in record}
+        assert "samples belong to" in output or name == "new" or "belong to the questions asked" in output
+    assert steps["new"] == steps["jsonl"] and steps["listwise"][0] > 0
+    assert (tmp_path / "jsonl" / "run" / "models").is_dir()
+    val = next((tmp_path / "jsonl" / "run" / "samples").glob("val_[0-9]*.jsonl"))
+    compared = subprocess.run(
+        [sys.executable, ROOT / "eval_gsm8k.py", "--compare", val, val], capture_output=True, text=True, cwd=ROOT
+    )
+    assert compared.returncode == 0 and re.search(r"pass@1 .* \+0\.0000", compared.stdout), compared.stderr
+
+
+def test_prompt_study_and_evaluation_only(mode, tmp_path):
+    if mode != "dpo":
+        pytest.skip("needs no mode")
+    process = training("--meta-prompts", "Think.", "", "--output-dir", tmp_path / "study", command=STAR_RUN)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    rows = records(tmp_path / "study" / "run")
+    assert [row["meta_prompt"] for row in rows] == ["Think.", ""] and "Think. {'accuracy'" in output
+    WRITTEN["study"] = set(rows[0])
+    process = training(
+        "--num-iterations",
+        0,
+        "--eval-split",
+        "test",
+        "--output-dir",
+        tmp_path / "eval",
+        "--lora-r",
+        0,
+        command=STAR_RUN,
+    )
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    (row,) = records(tmp_path / "eval" / "run")
+    assert (
+        row["eval/loss"] == pytest.approx(0.6931471806, abs=1e-6) and not (tmp_path / "eval" / "run" / "final").exists()
+    )
+    assert {r["indices"] for r in map(json.loads, (tmp_path / "eval/run/samples/val_0.jsonl").open())} == set(
+        split_ids(3000)["test"][:8]
+    )
+
+
+def test_every_logged_key_stands_in_the_readme():
+    """The README's table and the keys that these runs write are the same list."""
+    if set(WRITTEN) != {*MODES, "new", "jsonl", "listwise", "study"}:
+        pytest.skip("needs the keys of every run")
+    table = README.split("Keys of `star_dpo.py`'s `metrics.jsonl`")[1].split("\n## ")[0]
+    documented = set(re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE))
+    written = set()
+    for key in set().union(*WRITTEN.values()) - {"step", "iteration", "meta_prompt"}:
+        key = re.sub(r"^eval/second_", "eval/{dataset}_", key)
+        key = re.sub(r"(category|subject)_\w+", r"\1_{name}", key)
+        written.add(key)
+    for prefix in ("meta/", "eval/{dataset}_", "rollout/"):  # these repeat figures of eval/
+        written -= {key for key in written if "eval/" + key.removeprefix(prefix) in written and key.startswith(prefix)}
+    assert written == documented
+
+
+# ---- learning --------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module", params=["sft", "dpo"])
+def learned(request, tmp_path_factory):
+    """The README's command for the toy."""
+    text = re.search(rf"^python (star_dpo\.py --strategy {request.param} .*?)\n\n?(?:python|```)", README, re.M | re.S)
+    command, folder = shlex.split(text.group(1).replace("\\\n", " ")), tmp_path_factory.mktemp("learned")
+    process = training("--output-dir", folder, "--run-name", "run", command=[sys.executable, *command])
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    return request.param, records(folder / "run")
+
+
+def test_it_learns(learned):
+    strategy, rows = learned
+    first, *_, last = [row for row in rows if "eval/accuracy" in row]
+    assert last["eval/accuracy"] >= first["eval/accuracy"] + 0.1
+    assert max(row.get("rollout/logp_diff_max", 0.0) for row in rows) < 1e-4
+    if strategy == "dpo":  # with the RPO term: right answers of the first pass do not get less likely
+        steps = [row for row in rows if "dpo/margin" in row and row["iteration"] == 1]
+        late = steps[len(steps) // 2 :]
+        assert sum(row["dpo/chosen_reward"] for row in late) / len(late) > -0.02
+        assert sum(row["dpo/margin"] for row in late) > 0.05 * len(late)
