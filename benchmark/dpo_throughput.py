@@ -6,8 +6,8 @@
 Samples answers once with star_dpo.py, then trains one pass over their pairs with both; TRL once with its reference
 model run in every step (its default) and once with precomputed reference log-probabilities. Times are of whole steps:
 forward, backward, clipping, optimizer (TRL: on_step_begin to on_step_end; its data loading and logging are left out),
-medians after the first three, one micro-batch a step for both. Ours stand against TRL's default with the time of the one
-reference pass added, spread over its steps. Machines are noisy: compare the ratios of one call.
+medians after the first three, one micro-batch a step for both. Ours stand against TRL's default with the time of their
+one reference pass added, spread over the steps. Machines are noisy: compare the ratios of one call.
 """
 
 import json

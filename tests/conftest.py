@@ -71,5 +71,13 @@ def stop_message(capsys, monkeypatch, tmp_path, *arguments, command=SMALL_RUN):
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that two workers finish together."""
-    slow = ("test_resume", "test_learning", "test_memory", "test_perplexity", "test_arithmetic", "test_real_data")
+    slow = (
+        "test_resume",
+        "test_star_runs",
+        "test_learning",
+        "test_memory",
+        "test_perplexity",
+        "test_arithmetic",
+        "test_real_data",
+    )
     items.sort(key=lambda item: slow.index(item.path.stem) if item.path.stem in slow else len(slow))

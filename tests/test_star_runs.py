@@ -20,7 +20,7 @@ NOT_REPEATABLE = ("time/", "memory/", "charts/samples_per_second", "charts/token
 MODES = {
     "dpo": [  # everything that changes from iteration to iteration
         "--lora-r", 0, "--no-reset-model", "--reference", "iteration_start", "--rpo-alpha", 1, "--max-pairs", 2,
-        "--rationalize", 0.5, "--eval-datasets", "second.csv", "--samples-per-question", 3, "--shuffle", "questions",
+        "--rationalize", 1, "--eval-datasets", "second.csv", "--samples-per-question", 3, "--shuffle", "questions",
     ],
     "sft": ["--strategy", "sft", "--lora-r", 4, "--internal-epochs", 2, "--evaluation", "accuracy"],
 }  # fmt: skip
@@ -71,11 +71,11 @@ def reference(mode, command, tmp_path_factory):
     return folder / "run"
 
 
-def test_killed_while_sampling_and_while_training(command, reference, tmp_path):
+def test_killed_while_sampling_and_while_training(mode, command, reference, tmp_path):
     """SIGKILL in the middle of the first iteration's samples, then in the middle of an iteration's steps."""
     folder, moment = tmp_path / "run", random.Random()
     steps = sum("losses/loss" in record for record in records(reference))
-    for what, most in (("samples", 2), ("steps", steps - 2)):
+    for what, most in (("samples", 2), ("steps", steps - 2))[mode == "sft" :]:
         process, target = training("--output-dir", tmp_path, command=command), moment.randint(1, most)
         while True:
             path = folder / ("samples/train_1.jsonl" if what == "samples" else "metrics.jsonl")
@@ -134,11 +134,11 @@ def test_changed_samples_and_signals(mode, command, reference, tmp_path):
     output = process.communicate()[0]
     assert process.returncode == 128 + signal.SIGUSR1 and "--run-name run goes on from there" in output, output
     assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
-    samples = folder / "samples" / "train_1.jsonl"
+    samples = folder / "samples" / "val_samples.jsonl"
     kept, lines = samples.read_text(), samples.read_text().splitlines()
     samples.write_text("\n".join([lines[1], lines[0], *lines[2:]]) + "\n")
     process = training("--output-dir", tmp_path, command=command)
-    assert "samples/train_1.jsonl" in process.communicate()[0] and process.returncode == 2
+    assert "samples/val_samples.jsonl in" in process.communicate()[0] and process.returncode == 2
     samples.write_text(kept)
     process = training("--output-dir", tmp_path, "--lr", 2e-3, command=command)
     assert "--lr was 0.001 and is 0.002" in process.communicate()[0] and process.returncode == 2
@@ -147,41 +147,35 @@ def test_changed_samples_and_signals(mode, command, reference, tmp_path):
     assert results(folder) == results(reference)
 
 
-def test_saved_samples_are_the_same_as_new_ones(mode, reference, tmp_path):
-    """A run on another's samples takes the same steps; listwise targets, saved models and --compare work on them."""
+def test_saved_samples_are_as_good_as_new_ones(mode, command, reference, tmp_path):
+    """The same steps on another's samples, however they are split; listwise targets, saved models, --compare."""
     if mode != "dpo":
         pytest.skip("one set of samples is enough")
-    samples, steps = reference / "samples", {}
-    common = [
-        "--lora-r",
-        0,
-        "--samples-per-question",
-        3,
-        "--num-iterations",
-        1,
-        "--internal-epochs",
-        1,
-        "--eval-every",
-        0,
-    ]
-    files = ["--preload-train", samples / "train_1.jsonl", "--preload-val", samples / "val_samples.jsonl"]
+    samples = reference / "samples"
+    files = ["--num-iterations", 1, "--preload-train", samples / "train_1.jsonl", "--preload-val"]
+    files.append(samples / "val_samples.jsonl")
+    other = ["--lora-r", 0, "--strategy", "dpo_listwise", "--shuffle", "none", "--samples-per-question", 3]
     arms = {
-        "new": ["--evaluation", "none"], "jsonl": [*files, "--skip-first-eval", "--save-models"],
-        "listwise": [*files, "--strategy", "dpo_listwise", "--evaluation", "loss", "--shuffle", "none"],
-    }  # fmt: skip
-    for name, extra in arms.items():
-        process = training(*common, *extra, "--output-dir", tmp_path / name, command=STAR_RUN)
+        "preloaded": (command, [*files, "--skip-first-eval", "--save-models", "--max-tokens-per-microbatch", 300]),
+        "listwise": (STAR_RUN, [*files, *other, "--evaluation", "loss"]),
+    }
+    steps = {}
+    for name, (start, extra) in arms.items():
+        process = training(*extra, "--output-dir", tmp_path / name, command=start)
         output = process.communicate()[0]
         assert process.returncode == 0, output
-        steps[name] = [r["losses/loss"] for r in records(tmp_path / name / "run") if "losses/loss" in r]
-        WRITTEN[name] = {key for record in records(tmp_path / name / "run") for key in record}
-        assert "samples belong to" in output or name == "new" or "belong to the questions asked" in output
-    assert steps["new"] == steps["jsonl"] and steps["listwise"][0] > 0
-    assert (tmp_path / "jsonl" / "run" / "models").is_dir()
-    val = next((tmp_path / "jsonl" / "run" / "samples").glob("val_[0-9]*.jsonl"))
-    compared = subprocess.run(
-        [sys.executable, ROOT / "eval_gsm8k.py", "--compare", val, val], capture_output=True, text=True, cwd=ROOT
-    )
+        rows = records(tmp_path / name / "run")
+        steps[name] = [r for r in rows if "losses/loss" in r]
+        WRITTEN[name] = {key for record in rows for key in record}
+        assert "have a text and belong to the questions asked" in output
+    first = [r for r in records(reference) if "losses/loss" in r and r["iteration"] == 1]
+    for key in ("losses/loss", "losses/grad_norm", "dpo/margin"):  # in other micro-batches, which share other answers
+        assert [r[key] for r in steps["preloaded"]] == pytest.approx([r[key] for r in first], rel=1e-3, abs=1e-5), key
+    assert steps["listwise"][0]["losses/loss"] > 0
+    assert (tmp_path / "preloaded" / "run" / "models").is_dir()
+    val = next((tmp_path / "preloaded" / "run" / "samples").glob("val_[0-9]*.jsonl"))
+    compare = [sys.executable, ROOT / "eval_gsm8k.py", "--compare", val, val]
+    compared = subprocess.run(compare, capture_output=True, text=True, cwd=ROOT)
     assert compared.returncode == 0 and re.search(r"pass@1 .* \+0\.0000", compared.stdout), compared.stderr
 
 
@@ -218,9 +212,9 @@ def test_prompt_study_and_evaluation_only(mode, tmp_path):
 
 def test_every_logged_key_stands_in_the_readme():
     """The README's table and the keys that these runs write are the same list."""
-    if set(WRITTEN) != {*MODES, "new", "jsonl", "listwise", "study"}:
+    if set(WRITTEN) != {*MODES, "preloaded", "listwise", "study"}:
         pytest.skip("needs the keys of every run")
-    table = README.split("Keys of `star_dpo.py`'s `metrics.jsonl`")[1].split("\n## ")[0]
+    table = README.split("Keys of `star_dpo.py`'s `metrics.jsonl`")[1].split("\n### ")[0]
     documented = set(re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE))
     written = set()
     for key in set().union(*WRITTEN.values()) - {"step", "iteration", "meta_prompt"}:
@@ -236,9 +230,11 @@ def test_every_logged_key_stands_in_the_readme():
 @pytest.fixture(scope="module", params=["sft", "dpo"])
 def learned(request, tmp_path_factory):
     """The README's command for the toy."""
-    text = re.search(rf"^python (star_dpo\.py --strategy {request.param} .*?)\n\n?(?:python|```)", README, re.M | re.S)
+    start = rf"star_dpo\.py --strategy {request.param} --lr \S+ --model-name tests/toy_mc"
+    text = re.search(rf"^python ({start}.*?)\n\n?(?:python|```)", README, re.M | re.S)
     command, folder = shlex.split(text.group(1).replace("\\\n", " ")), tmp_path_factory.mktemp("learned")
-    process = training("--output-dir", folder, "--run-name", "run", command=[sys.executable, *command])
+    short = ["--num-train-questions", 250, "--eval-size", 150, "--output-dir", folder, "--run-name", "run"]
+    process = training(*short, command=[sys.executable, *command])
     output = process.communicate()[0]
     assert process.returncode == 0, output
     return request.param, records(folder / "run")
