@@ -92,7 +92,7 @@ class Args:
     score_lambda: float = 0.5  # lambda of the targets softmax(score / lambda) in weighted and dpo_listwise
     max_pairs: int = 0  # pairs of a question, spread evenly over its right and wrong answers; 0: every right x wrong
     min_correct: int = 1  # right samples that a question needs to be trained on; 2 thins out lucky guesses
-    reference: Literal["initial", "iteration_start"] = "initial"  # the same with reset_model
+    reference: Literal["initial", "iteration_start"] = "initial"  # which weights; alike with reset_model
     reset_model: bool = True  # every iteration starts from model_name again; False: goes on from the latest
     internal_epochs: int = 1  # passes over an iteration's data; 0: one iteration's sampling and grading, no training
     # optimizer
@@ -100,7 +100,7 @@ class Args:
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"  # decay after the warm-up, to 0 at the last step
     warmup_steps: int = 45  # linear warm-up at the start of every iteration, in steps
     batch_size: int = 24  # pairs (sft: answers; weighted, dpo_listwise: questions) of one optimizer step
-    shuffle: Literal["all", "questions", "none"] = "all"  # questions: pairs of one stay together, which is faster
+    shuffle: Literal["questions", "all", "none"] = "questions"  # dpo's pairs of a question stay together: faster
     weight_decay: float = 0.01  # AdamW's decoupled weight decay
     max_grad_norm: float = 1.0  # gradient norm clip; 0: none
     # GPU memory
@@ -707,8 +707,8 @@ if __name__ == "__main__":
             t2 = time.perf_counter()
             epoch, place = divmod(position, batches)
             permutation = np.random.default_rng([args.seed, iteration, epoch]).permutation
-            order = permutation(len(units)) if args.shuffle == "all" else np.arange(len(units))
-            if args.shuffle == "questions":
+            order = np.arange(len(units)) if args.shuffle == "none" else permutation(len(units))
+            if args.shuffle == "questions" and preference:
                 order = np.argsort(permutation(len(dataset))[owners], kind="stable")
             batch = [units[i] for i in order[place * args.batch_size :][: args.batch_size]]
             lr = args.lr * lr_multiplier(position, args.warmup_steps, total, args.lr_schedule)
