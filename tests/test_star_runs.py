@@ -1,6 +1,7 @@
 """star_dpo.py as a user runs it, on the toy with options: it learns, resumes exactly and reuses samples."""
 
 import json
+import math
 import os
 import random
 import re
@@ -154,10 +155,12 @@ def test_saved_samples_are_as_good_as_new_ones(mode, command, reference, tmp_pat
     samples = reference / "samples"
     files = ["--num-iterations", 1, "--preload-train", samples / "train_1.jsonl", "--preload-val"]
     files.append(samples / "val_samples.jsonl")
-    other = ["--lora-r", 0, "--strategy", "dpo_listwise", "--shuffle", "none", "--samples-per-question", 3]
+    other = ["--lora-r", 0, "--shuffle", "none", "--samples-per-question", 3, "--strategy"]
+    models = ["--ref-model-name", TOY_MC / "model", "--tokenizer-name", TOY_MC / "model"]
     arms = {
         "preloaded": (command, [*files, "--skip-first-eval", "--save-models", "--max-tokens-per-microbatch", 300]),
-        "listwise": (STAR_RUN, [*files, *other, "--evaluation", "loss"]),
+        "listwise": (STAR_RUN, [*files, *other, "dpo_listwise", "--evaluation", "loss", *models]),
+        "weighted": (STAR_RUN, [*files, *other, "weighted", "--evaluation", "none", "--lr-schedule", "cosine"]),
     }
     steps = {}
     for name, (start, extra) in arms.items():
@@ -171,7 +174,8 @@ def test_saved_samples_are_as_good_as_new_ones(mode, command, reference, tmp_pat
     first = [r for r in records(reference) if "losses/loss" in r and r["iteration"] == 1]
     for key in ("losses/loss", "losses/grad_norm", "dpo/margin"):  # in other micro-batches, which share other answers
         assert [r[key] for r in steps["preloaded"]] == pytest.approx([r[key] for r in first], rel=1e-3, abs=1e-5), key
-    assert steps["listwise"][0]["losses/loss"] > 0
+    assert steps["listwise"][0]["losses/loss"] == pytest.approx(math.log(3), abs=1e-6)  # policy = reference, K = 3
+    assert steps["weighted"][0]["losses/loss"] > 0
     assert (tmp_path / "preloaded" / "run" / "models").is_dir()
     val = next((tmp_path / "preloaded" / "run" / "samples").glob("val_[0-9]*.jsonl"))
     compare = [sys.executable, ROOT / "eval_gsm8k.py", "--compare", val, val]
@@ -212,7 +216,7 @@ def test_prompt_study_and_evaluation_only(mode, tmp_path):
 
 def test_every_logged_key_stands_in_the_readme():
     """The README's table and the keys that these runs write are the same list."""
-    if set(WRITTEN) != {*MODES, "preloaded", "listwise", "study"}:
+    if set(WRITTEN) != {*MODES, "preloaded", "listwise", "weighted", "study"}:
         pytest.skip("needs the keys of every run")
     table = README.split("Keys of `star_dpo.py`'s `metrics.jsonl`")[1].split("\n### ")[0]
     documented = set(re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE))
