@@ -1,8 +1,8 @@
-"""Answer extraction, grading and pass@k for GSM8K: imported by every training script, and a command of its own.
+"""Data, prompts, answer extraction and grading (GSM8K, MMLU), pass@k: imported by every script, and a command.
 
     python eval_gsm8k.py --model-name Qwen/Qwen2.5-7B-Instruct --num-samples 5   # five i.i.d. samples a question
     python eval_gsm8k.py --model-name runs/x/final --num-skills 5                # one sample of each skill z = 1..5
-    python eval_gsm8k.py --compare a/completions.jsonl b/completions.jsonl       # paired comparison, no model needed
+    python eval_gsm8k.py --compare a/completions.jsonl b/completions.jsonl       # paired; or two samples of star_dpo.py
 
 GSM8K numbers depend on prompt and extraction as much as on the model, so each completion is graded three ways: by
 `--answer-mode`, and by the strict-match and the flexible-extract rule of lm-evaluation-harness (task gsm8k, version 3).
@@ -314,7 +314,7 @@ def open_run(args, script: str) -> str:
             before = json.load(file)
         now = json.loads(json.dumps(asdict(args)))  # tuples become lists
         free = "run_name output_dir track save_every keep_last max_tokens_per_microbatch head_chunk".split()
-        free += "gradient_checkpointing gpu_memory_utilization vllm_sleep max_logp_diff".split()  # when memory runs out
+        free += "gradient_checkpointing gpu_memory_utilization vllm_sleep".split()  # memory may have run out
         changed = [name for name in now if name not in free and before.get(name) != now[name]]
         changed = [f"--{n.replace('_', '-')} was {before.get(n)!r} and is {now[n]!r}" for n in changed]
         if changed:
@@ -438,7 +438,6 @@ def encode_prompt(tokenizer, question: str, system_prompt: str, prefix: str = ""
 
 
 # --- multiple choice (MMLU), for star_dpo.py -------------------------------------------------------------------------
-
 LANGUAGES = "AR-XY BN-BD DE-DE ES-LA FR-FR HI-IN ID-ID IT-IT JA-JP KO-KR PT-BR SW-KE YO-NG ZH-CN".split()
 CATEGORIES = {  # Hendrycks et al. 2021; a subject of none of these is "other"
     "stem": "abstract_algebra astronomy college_biology college_chemistry college_computer_science college_mathematics "
@@ -494,8 +493,9 @@ def load_questions(dataset: str) -> list[dict]:
             answer = str(row["answer"]).strip().upper()
             answer = "ABCD"[int(answer)] if answer in list("0123") else answer
             question, choices = str(row["question"] or ""), [first, second, third, fourth]
-            assert question.strip() and None not in choices and answer in list("ABCD")
-        except (AssertionError, AttributeError, KeyError, TypeError, ValueError):
+            if not question.strip() or None in choices or answer not in list("ABCD"):
+                raise ValueError
+        except (AttributeError, KeyError, TypeError, ValueError):
             fail(f"{where} needs 'question', four 'choices' (or A, B, C, D) and 'answer' (0 to 3 or A to D).")
         questions.append({"id": len(questions), "question": question, "choices": list(map(str, choices)),
                           "answer": answer, "subject": str(row.get("subject") or "none")})
