@@ -5,6 +5,7 @@ tests skip. The model is a two-layer Qwen2 with random weights and Qwen2.5's voc
 nothing; that prompts, log-probabilities, sync (with tied embeddings), evaluation and saved model are right is tested.
 """
 
+import csv
 import json
 import os
 import pathlib
@@ -15,11 +16,13 @@ import torch
 from conftest import ENCODER, ROOT, training
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from eval_gsm8k import load_problems
+from eval_gsm8k import load_problems, load_questions, split_ids, user_message
 from grpo_upskill import encode_prompt
+from star_dpo import Args
 
 DATA = ROOT.parent / "shared" / "data"
 GSM8K = pathlib.Path(os.environ.get("GSM8K_DIR", DATA / "gsm8k"))
+MMLU = pathlib.Path(os.environ.get("MMLU_DIR", DATA / "mmlu")) / "mmlu_test.jsonl"
 QWEN = pathlib.Path(os.environ.get("QWEN_TOKENIZER_DIR", DATA / "tokenizer_qwen2.5"))
 pytestmark = pytest.mark.skipif(
     not (GSM8K / "train.jsonl").exists() or not (QWEN / "tokenizer.json").exists(),
@@ -54,9 +57,8 @@ SCRIPTS = {
 }
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_step_on_gsm8k(script, tmp_path):
-    """One step of LoRA training and two evaluations of a tied model with a vocabulary of 151,936."""
+def save_tied_model(folder):
+    """A tied model of two layers with a vocabulary of 151,936, and its tokenizer, which is returned."""
     tokenizer = AutoTokenizer.from_pretrained(QWEN)
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -72,8 +74,15 @@ def test_a_step_on_gsm8k(script, tmp_path):
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
-    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_step_on_gsm8k(script, tmp_path):
+    """One step of LoRA training and two evaluations of a tied model with a vocabulary of 151,936."""
+    save_tied_model(tmp_path / "model")
     command = [sys.executable, str(ROOT / f"{script}.py"), "--model-name", str(tmp_path / "model"), "--run-name", "run"]
     command += ["--dataset", str(GSM8K / "train.jsonl"), "--eval-dataset", str(GSM8K / "test.jsonl")]
     command += ["--num-steps", "1", "--max-new-tokens", "12", "--eval-size", "4", "--questions-per-step", "2"]
@@ -90,3 +99,44 @@ def test_a_step_on_gsm8k(script, tmp_path):
         assert records[1]["losses/entropy"] == pytest.approx(nothing_known, abs=0.1)
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
     assert final.lm_head.weight.data_ptr() == final.model.embed_tokens.weight.data_ptr()  # still tied
+
+
+@pytest.mark.skipif(not MMLU.exists(), reason=f"no MMLU in {MMLU}")
+def test_star_on_mmlu(tmp_path):
+    """All of MMLU, and samples in the original's .csv with Llama's end token: DPO with LoRA takes its steps on them."""
+    questions, args, rows = load_questions(str(MMLU)), Args(), []
+    for i in split_ids(14042)["train"][:6]:
+        asked = user_message(questions[i], args.preamble, args.meta_prompt)
+        for letter in "ABCD":
+            right = letter == questions[i]["answer"]
+            rows.append([i, f"<|begin_of_text|>{asked}<|eot_id|>", letter, f"Answer: {letter}<|eot_id|>", float(right)])
+    with open(tmp_path / "samples.csv", "w", newline="") as file:
+        header = ["indices", "prompted_questions", "model_answers", "raw_responses", "scores"]
+        csv.writer(file).writerows([header, *rows])
+    tokenizer = save_tied_model(tmp_path / "model")
+    command = [sys.executable, str(ROOT / "star_dpo.py"), "--model-name", str(tmp_path / "model"), "--run-name", "run"]
+    command += ["--dataset", str(MMLU), "--preload-train", str(tmp_path / "samples.csv"), "--num-train-questions", "6"]
+    command += [
+        "--eval-size",
+        "3",
+        "--max-new-tokens",
+        "12",
+        "--num-iterations",
+        "1",
+        "--batch-size",
+        "9",
+        "--lr",
+        "1e-3",
+    ]
+    process = training("--output-dir", tmp_path, "--warmup-steps", 1, command=command)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "losses/loss" in record]
+    assert steps[0]["losses/loss"] == pytest.approx(0.6931471806, abs=1e-6) and len(steps) == 2
+    nothing_known = torch.tensor(151_936.0).log().item()
+    assert steps[0]["dpo/chosen_nll"] == pytest.approx(nothing_known, abs=0.2)
+    tokens = len(tokenizer("Answer: A")["input_ids"]) + 1  # and the end token
+    assert steps[0]["dpo/chosen_logp"] == pytest.approx(-tokens * steps[0]["dpo/chosen_nll"], rel=1e-4)
+    evaluated = [record for record in records if "eval/accuracy" in record]
+    assert len(evaluated) == 2 and evaluated[0]["eval/no_answer"] == 1.0 and evaluated[0]["eval/length"] == 12
