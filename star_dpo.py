@@ -503,8 +503,8 @@ if __name__ == "__main__":
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
         set_seed(args.seed)
     policy = load_policy(args, device, dtype if args.lora_r else torch.float32, args.lora_r)
-    policy.generation_config.eos_token_id = tokenizer.eos_token_id if args.tokenizer_name else (
-        policy.generation_config.eos_token_id)
+    if args.tokenizer_name:  # final/ ends its answers with the chat sibling's token
+        policy.generation_config.eos_token_id = tokenizer.eos_token_id
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     initial = {n: p.detach().to("cpu", copy=True) for n, p in policy.named_parameters() if p.requires_grad}
     sizes = {"pad_id": pad_id, "max_tokens": args.max_tokens_per_microbatch, "head_chunk": args.head_chunk}
@@ -602,9 +602,9 @@ if __name__ == "__main__":
         groups = [list(group) for _, group in groupby(units, key=lambda unit: rows[unit[0]]["indices"])]
         shared = [{i for unit in group for i in unit} for group in groups]  # an answer of several pairs is run once
         longest = [max(len(prompt_of(rows[i])) + len(rows[i]["token_ids"]) for i in ids) for ids in shared]
-        padded = [length * max(map(len, shared)) for length in longest]  # tokens, if every group were the largest
+        widest, sums = max(map(len, shared)), defaultdict(float)
+        padded = [length * widest for length in longest]  # tokens, if every group were as large as the largest
         denominator = sum(len(rows[i]["token_ids"]) for unit in units for i in unit) if by_tokens else len(units)
-        sums = defaultdict(float)
         for part in micro_batches(padded, args.max_tokens_per_microbatch):
             part = [unit for j in part for unit in groups[j]]
             used = sorted({i for unit in part for i in unit})
