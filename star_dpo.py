@@ -120,7 +120,7 @@ class Args:
 
 
 # ---- What is trained on, and the loss --------------------------------------------------------------------------------
-LEAK = re.compile(r"\(correct\)|\b(?:hint|marked|given answer|as (?:stated|indicated))\b", re.IGNORECASE)  # of the mark
+LEAK = re.compile(r"\(correct\)|\b(?:hints?|marked|given answer|as (?:stated|indicated))\b", re.IGNORECASE)
 END_TEXT = re.compile(r"(?:<\|(?:eot_id|eom_id|im_end|end_of_text|endoftext|end)\|>|</s>|<end_of_turn>)\s*$")
 
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval_gsm8k import choice_figures, encode_prompt, extract_letter, load_questions, read_rows, split_ids
 from star_dpo import (
+    LEAK,
     Args,
     dpo_loss,
     load_generations,
@@ -367,6 +368,13 @@ def test_prompt():
     row = QUESTION | {"answer": "B"}
     assert user_message(row, "Answer this.", "Think.") == "Answer this. Think.\n\n1 + 1?\n\nA) 1\nB) 2\nC) 3\nD) 4"
     assert user_message(row, "", "", hint=True) == "1 + 1?\n\nA) 1\nB) 2 (CORRECT)\nC) 3\nD) 4"
+
+
+def test_rationalisations_that_speak_of_the_mark():
+    for text in ("B (CORRECT)", "The hint says B", "hints: B", "B is marked", "As stated, B", "the given answer is B"):
+        assert LEAK.search(text), text
+    for text in ("Correct: B", "Der Hintergrund", "remarkable", "He stated it", "Hinton's answer"):
+        assert not LEAK.search(text), text
 
 
 def write_csv(path, rows):
