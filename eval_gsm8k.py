@@ -11,9 +11,11 @@ Their difference in pass@N is what *distinct* z adds to sampling from the same m
 Left out: LoRA adapter folders (evaluate the merged `final/`), answers that are not numbers.
 """
 
+import ast
 import csv
 import json
 import math
+import operator
 import os
 import re
 import sys
@@ -61,8 +63,6 @@ class Args:
 
 
 # --- numbers and answers ---------------------------------------------------------------------------------------------
-
-
 def to_number(text: str) -> Fraction | None:
     """Exact value of a text that is one number and nothing else, or None.
 
@@ -162,6 +162,29 @@ def extract_answer(text: str, mode: str) -> str | None:
     return next((number for number in (find_number(*candidate) for candidate in candidates) if number), None)
 
 
+def with_calculation(text: str) -> str | None:
+    """`text` up to its first "<<48/2=" that its value does not follow, and "24>>"; None: all are as they should be.
+
+    Numbers and + - * / ( ) are read by Python's parser and computed as fractions: nothing is ever evaluated.
+    """
+    operators = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+                 ast.UAdd: operator.pos, ast.USub: operator.neg}
+
+    def value(node):
+        parts = [getattr(node, name) for name in ("left", "right", "operand") if hasattr(node, name)]
+        return operators[type(node.op)](*map(value, parts)) if parts else Fraction(ast.get_source_segment(line, node))
+    for match in re.finditer(r"<<([0-9*+\-/.(), ]{1,100})=", text):
+        line = match[1].replace(",", "").strip()
+        try:
+            result = value(ast.parse(line, mode="eval").body)
+        except (SyntaxError, ValueError, KeyError, TypeError, ZeroDivisionError):
+            continue
+        written = f"{result if result.denominator == 1 else f'{float(result):.10g}'}>>"
+        if not text.startswith(written, match.end()):
+            return text[: match.end()] + written
+    return None
+
+
 def is_correct(answer: str | None, gold: str) -> bool:
     """True if both are numbers and equal as numbers: "72" and "72.00" are; None never is."""
     value = to_number(answer) if answer else None
@@ -169,8 +192,6 @@ def is_correct(answer: str | None, gold: str) -> bool:
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
-
-
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Unbiased probability that k of n i.i.d. samples, c of them correct, hold a correct one (Chen et al. 2021, eq. 1).
 
@@ -262,8 +283,6 @@ def question_scores(rows: list[dict]) -> dict[str, np.ndarray]:
 
 
 # --- data and prompt -------------------------------------------------------------------------------------------------
-
-
 def fail(message: str):
     """End the program the way every user error ends here: one sentence on stderr, exit code 2."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
@@ -314,7 +333,7 @@ def open_run(args, script: str) -> str:
             before = json.load(file)
         now = json.loads(json.dumps(asdict(args)))  # tuples become lists
         free = "run_name output_dir track save_every keep_last max_tokens_per_microbatch head_chunk".split()
-        free += "gradient_checkpointing gpu_memory_utilization vllm_sleep".split()  # memory may have run out
+        free += "gradient_checkpointing gpu_memory_utilization vllm_sleep compare_arms compare_seeds".split()
         changed = [name for name in now if name not in free and before.get(name) != now[name]]
         changed = [f"--{n.replace('_', '-')} was {before.get(n)!r} and is {now[n]!r}" for n in changed]
         if changed:
@@ -348,7 +367,6 @@ def load_problems(dataset: str, config: str, split: str) -> list[dict]:
         rows = read_rows(dataset)
     else:
         from datasets import load_dataset
-
         try:
             table = load_dataset(dataset, config or None, split=split)
         except Exception as error:  # hub, network and cache errors have no common base class
@@ -393,20 +411,20 @@ def worked_examples(problems: list[dict], system_prompt: str) -> list[tuple[str,
     return [(p["question"], layout.format(text, p["gold"])) for p, text in zip(problems, solutions, strict=True)]
 
 
-def load_tokenizer(model_name: str, system_prompt: str, trust_remote_code: bool = False):
-    """The tokenizer of a chat model, and the longest sequence in tokens that the model takes (10^9 if it says nothing).
+def load_tokenizer(model_name: str, system_prompt: str | None, trust_remote_code: bool = False):
+    """The tokenizer of a model, and the longest sequence in tokens that the model takes (10^9 if it says nothing).
 
-    No such model, no chat template, one that refuses a system message, or no EOS token end the program (exit code 2).
+    No such model, no EOS token, or, unless system_prompt is None (no chat), no chat template or one that refuses a
+    system message end the program (exit code 2).
     """
     from transformers import AutoConfig, AutoTokenizer
-
     try:
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=trust_remote_code)
-        encode_prompt(tokenizer, "?", system_prompt)
+        _ = system_prompt is None or encode_prompt(tokenizer, "?", system_prompt)
     except Exception as error:  # hub, file, parser and template errors have no common base class
-        reason = " ".join(str(error).split())[:200]
-        fail(f"{model_name} cannot be used; give the hub id or the folder of a chat model ({reason}).")
+        reason, kind = " ".join(str(error).split())[:200], "model" if system_prompt is None else "chat model"
+        fail(f"{model_name} cannot be used; give the hub id or the folder of a {kind} ({reason}).")
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {model_name} has no EOS token, so that no completion could end; give it one.")
     return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
@@ -449,14 +467,12 @@ CATEGORIES = {  # Hendrycks et al. 2021; a subject of none of these is "other"
     "professional_law world_religions",
     "social_sciences": "econometrics high_school_geography high_school_government_and_politics "
     "high_school_macroeconomics high_school_microeconomics high_school_psychology human_sexuality "
-    "professional_psychology public_relations security_studies sociology us_foreign_policy",
-}
+    "professional_psychology public_relations security_studies sociology us_foreign_policy"}
 LABELS = (  # "Answer" in MMMLU's languages, in simple-evals' order; _ stands for optional white space
     "Answer_:|উত্তর_:|उत्तर_:|উত্তরঃ|Antwort_:|답변_:|정답_:|답_:|答案_：|答案_:|答_：|答_:|答复_：|答曰_：|"
     "الإجابة:|الجواب:|إجابة:|الإجابة النهائية:|الإجابة الصحيحة:|الإجابة الصحيحة هي:|الإجابة هي:|الجواب النهائي:|"
     "Respuesta_:|Risposta_:|答え_:|答え_：|回答_:|回答_：|解答_:|Jawaban_:|Réponse_:|Resposta_:|Jibu_:|"
-    "Idahun_:|Ìdáhùn_:|Idáhùn_:|Àmọ̀nà_:|Àdáhùn_:|Ànúgọ_:|Àṣàyàn_:"
-)
+    "Idahun_:|Ìdáhùn_:|Idáhùn_:|Àmọ̀nà_:|Àdáhùn_:|Ànúgọ_:|Àṣàyàn_:")
 LETTERS = dict(zip("أبجدঅবডঢＡＢＣＤ", "ABCDABCDABCD", strict=True))
 MARKUP = r"** $\boxed{ }$ \$ $\text{ $ \mathrm{ \{ \text \( \mathbf{ { \boxed".split()  # taken off in this order
 ROBUST = re.compile(  # label, colon, letter; a small letter only in brackets or where the line ends
@@ -567,8 +583,6 @@ def choice_figures(rows: list[dict]) -> dict[str, float]:
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------
-
-
 def evaluate(llm, tokenizer, problems, encode, *, num_samples=1, num_skills=0, iid=True, temperature=1.0, top_p=1.0,
              max_new_tokens=512, answer_mode="auto", seed=0) -> tuple[dict, list[dict]]:  # fmt: skip
     """Sample completions with a live vllm.LLM, grade them, and return (figures, rows).
@@ -587,7 +601,6 @@ def evaluate(llm, tokenizer, problems, encode, *, num_samples=1, num_skills=0, i
     """
     import torch
     from vllm import SamplingParams
-
     if not problems or num_samples < 1:
         raise ValueError("there is nothing to evaluate: give at least one problem and num_samples >= 1.")
     rng, rows = np.random.default_rng(seed), []
@@ -620,8 +633,7 @@ def evaluate(llm, tokenizer, problems, encode, *, num_samples=1, num_skills=0, i
 
     for row, output in zip(rows, outputs, strict=True):
         sample, gold = output.outputs[0], problems[row["id"]]["gold"]
-        text = tokenizer.decode(sample.token_ids, skip_special_tokens=True)
-        answer = extract_answer(text, answer_mode)
+        answer = extract_answer(text := tokenizer.decode(sample.token_ids, skip_special_tokens=True), answer_mode)
         row.update(token_ids=list(sample.token_ids), completion=text, finish_reason=sample.finish_reason, gold=gold)
         row.update(answer=answer, correct=is_correct(answer, gold))
         row.update({f"correct_{mode}": extract_answer(text, mode) == gold for mode in ("strict", "flexible")})
@@ -681,7 +693,6 @@ if __name__ == "__main__":
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import tyro
-
     args = tyro.cli(Args)
     if args.compare:
         compare(*args.compare)
@@ -703,39 +714,28 @@ if __name__ == "__main__":
     if args.num_shots and not args.shots_dataset and os.path.exists(args.dataset):
         fail("--num-shots with a local --dataset needs --shots-dataset, or the examples would be among the questions.")
     problems = load_problems(args.dataset, args.dataset_config, args.split)[: args.limit or None]
-
     import torch
-
     tokenizer, room = load_tokenizer(args.model_name, args.system_prompt, args.trust_remote_code)
-
     shots = load_problems(args.shots_dataset or args.dataset, args.dataset_config, "train") if args.num_shots else []
     shots = worked_examples(shots[: args.num_shots], args.system_prompt)
 
     def encode(question, z=args.num_skills):
         prefix = args.skill_prefix.replace("{z}", str(z)) if z else ""
         return encode_prompt(tokenizer, question, args.system_prompt, prefix, shots)
-
     length = check_lengths(problems, encode, args.max_new_tokens, room)
     cuda = torch.cuda.is_available()
     try:
         from vllm import LLM
-
-        llm = LLM(
-            model=args.model_name,
-            dtype=args.dtype if args.dtype != "auto" else "bfloat16" if cuda else "float32",  # its auto: fp32 -> fp16
-            max_model_len=length,
-            gpu_memory_utilization=args.gpu_memory_utilization or (0.9 if cuda else 0.1),
-            enforce_eager=not cuda,  # on a CPU compiling takes longer than it saves
-            seed=args.seed,
-            trust_remote_code=args.trust_remote_code,
-            use_tqdm_on_load=sys.stdout.isatty(),
-        )
+        dtype = args.dtype if args.dtype != "auto" else "bfloat16" if cuda else "float32"  # its auto: fp32 -> fp16
+        share = args.gpu_memory_utilization or (0.9 if cuda else 0.1)
+        llm = LLM(model=args.model_name, dtype=dtype, max_model_len=length, gpu_memory_utilization=share,
+                  seed=args.seed, trust_remote_code=args.trust_remote_code, use_tqdm_on_load=sys.stdout.isatty(),
+                  enforce_eager=not cuda)  # on a CPU compiling takes longer than it saves
     except Exception as error:  # import, memory and configuration errors have no common base class
         reason = " ".join(str(error).split())[:500]
         fail(f"vLLM could not start with {args.model_name} ({type(error).__name__}: {reason}).")
     options = ("num_samples", "num_skills", "temperature", "top_p", "max_new_tokens", "answer_mode", "seed")
     figures, rows = evaluate(llm, tokenizer, problems, encode, **{name: getattr(args, name) for name in options})
-
     os.makedirs(folder, exist_ok=True)
     with open(paths[0], "x", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)

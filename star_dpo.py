@@ -236,7 +236,7 @@ def load_policy(args, device, dtype, lora_r: int):
         args.model_name, dtype=dtype, use_safetensors=True, trust_remote_code=args.trust_remote_code).to(device)
     for name in ("final_logit_softcapping", "logits_soft_cap", "logits_scaling", "logit_scale"):
         if getattr(policy.config.get_text_config(), name, None) not in (None, 1):
-            fail(f"{args.model_name} sets {name}: its logits change after the head, which token_logprobs does not do.")
+            fail(f"{args.model_name} sets {name}: its logits change after the head, which is not done here.")
     for module in policy.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
