@@ -156,9 +156,9 @@ def token_values(policy, ids, prompt_lens, completion_lens, terminal, head_chunk
         if reference is not None:
             with torch.no_grad():
                 ref_log_p = ref_model.get_output_embeddings()(ref_hidden).float().log_softmax(-1)
-            kl = ((z - v[:, None]).exp() * (z - ref_log_p)).sum(-1) - v
+            kl = ((log_p := z - v[:, None]).exp() * (log_p - ref_log_p)).sum(-1)
         with nullcontext() if train_entropy else torch.no_grad():
-            entropy = v - ((z - v[:, None]).exp() * z).sum(-1)
+            entropy = -((log_p := z - v[:, None]).exp() * log_p).sum(-1)
         return v, q, entropy, kl, z.detach().mean(-1)
 
     with torch.autocast("cuda", torch.bfloat16) if ids.device.type == "cuda" else nullcontext():
@@ -525,7 +525,7 @@ if __name__ == "__main__":
     check_arguments(replace(args, terminal_value=0.0), positive=(
         "max_prompt_tokens max_new_tokens batch_size max_tokens_per_microbatch head_chunk keep_last").split())
     if args.eval_samples < 2 or max(args.online_alpha, args.gamma) > 1:
-        fail("--eval-samples must be at least 2 (they are compared), --online-alpha and --gamma at most 1.")
+        fail(f"--eval-samples must be over 1; --online-alpha, {args.online_alpha}, and --gamma, {args.gamma}, at most 1.")
     if args.template and ("{question}" not in args.template or args.system_prompt):
         fail('--template needs {question} in it; --system-prompt is for the chat template, used with --template "".')
     if args.compare:

@@ -46,6 +46,12 @@ STAR_RUN = [
     "40", "--num-train-questions", "16", "--eval-size", "8", "--lr", "1e-3", "--warmup-steps", "1", "--num-iterations",
     "2", "--batch-size", "4", "--eval-every", "2", "--save-every", "2", "--questions-per-rollout", "6",
 ]  # fmt: skip
+IRL_RUN = [
+    sys.executable, str(ROOT / "irl_imitation.py"), "--model-name", str(TOY / "model"), "--dataset",
+    str(TOY / "train.jsonl"), "--eval-dataset", str(TOY / "test.jsonl"), "--run-name", "run", "--template", "",
+    "--max-new-tokens", "40", "--lr", "1e-3", "--warmup-steps", "1", "--max-train-rows", "24", "--eval-size", "6",
+    "--eval-samples", "3", "--batch-size", "8", "--num-train-epochs", "2",
+]  # fmt: skip
 
 
 def training(*arguments, command=SMALL_RUN, **kwargs):
