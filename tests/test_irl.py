@@ -1,4 +1,4 @@
-"""irl_imitation.py: V, Q and loss against hand-computable cases, masks, bounds, rewards, diversity, calculator, errors."""
+"""irl_imitation.py: V, Q and loss against hand-computable cases, bounds, rewards, diversity, calculator, errors."""
 
 import json
 import math

@@ -1,0 +1,223 @@
+"""irl_imitation.py as a user runs it, on the toy: it learns, resumes exactly, compares, uses a calculator."""
+
+import json
+import random
+import re
+import signal
+import time
+
+import pytest
+import torch
+from conftest import IRL_RUN, ROOT, TOY, training
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eval_gsm8k import load_problems
+
+README = (ROOT / "README.md").read_text()
+NOT_REPEATABLE = ("time/", "memory/", "charts/samples_per_second", "charts/tokens_per_second")
+MODES = {
+    "full": [
+        *("--lora-r", 0, "--online-alpha", 0.2, "--lambda-kl", 0.1, "--entropy-coef", 0.01, "--gamma", 0.95),
+        *("--mle-steps-before-irl", 1, "--td-warmup-steps", 3, "--lambda-td", 0.3, "--eval-every", 4),
+        *("--save-every", 2, "--terminal-value", -0.5, "--calculator"),
+    ],
+    "lora": [  # demonstrations cut before their end, another template
+        *("--lora-r", 4, "--lambda-kl", 0.1, "--template", "Q: {question} A:", "--max-new-tokens", 24, "--value-shift"),
+        *("none", "--td-detach-next", "--skip-first-eval", "--save-every", 1, "--eval-dataset", ""),
+    ],
+}  # fmt: skip
+WRITTEN = {}  # name of a run: keys of its metrics.jsonl
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def results(folder):
+    """(weights, metrics, rewards) of a finished run, without what a clock decides."""
+    metrics = [{k: v for k, v in r.items() if not k.startswith(NOT_REPEATABLE)} for r in records(folder)]
+    return (folder / "final" / "model.safetensors").read_bytes(), metrics, (folder / "rewards.jsonl").read_text()
+
+
+@pytest.fixture(scope="module", params=MODES)
+def mode(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def command(mode):
+    return [*IRL_RUN, *map(str, MODES[mode])]
+
+
+@pytest.fixture(scope="module")
+def reference(mode, command, tmp_path_factory):
+    """A run that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("reference")
+    process = training("--output-dir", folder, command=command)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    WRITTEN[mode] = {key for record in records(folder / "run") for key in record}
+    return folder / "run"
+
+
+def test_stopped_and_started_again(mode, command, reference, tmp_path):
+    """SIGKILL, or SIGUSR1, after a random step: the same command ends with the same bits."""
+    number = signal.SIGKILL if mode == "full" else signal.SIGUSR1
+    process, target, path = training("--output-dir", tmp_path, command=command), random.randint(1, 4), tmp_path / "run"
+    while not (path / "metrics.jsonl").exists() or (path / "metrics.jsonl").read_text().count("losses/loss") < target:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    process.send_signal(number)
+    output = process.communicate()[0]
+    if number == signal.SIGUSR1:
+        assert process.returncode == 128 + number and "--run-name run goes on from there" in output, output
+    assert not (path / "final").exists()
+    process = training("--output-dir", tmp_path, command=command)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    for a, b in zip(results(path)[1], results(reference)[1], strict=True):
+        assert a == b
+    assert results(path) == results(reference)
+
+
+def test_what_a_run_says(mode, reference):
+    """Schedules, the self-check, and the identity that ties rewards to log-probabilities, from the files alone."""
+    rows = records(reference)
+    steps, evaluations = ([r for r in rows if key in r] for key in ("losses/loss", "eval/pass@1"))
+    assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in evaluations] == ([0, 4, 6] if mode == "full" else [6])
+    assert all(r["rollout/logp_diff_max"] < 1e-4 for r in rows if "rollout/logp_diff_max" in r)
+    assert steps[0]["losses/kl"] == pytest.approx(0, abs=1e-5) and steps[-1]["losses/kl"] > 1e-5
+    first, bonus = steps[0], 0.01 if mode == "full" else 0.0
+    if mode == "full":
+        assert [r["irl/lambda"] for r in steps] == pytest.approx([0, 0.1, 0.2, 0.3, 0.3, 0.3])
+        assert ["irl/td_online" in r for r in steps] == [False, *[True] * 5]
+        assert first["irl/value_drift"] == 0 != steps[-1]["irl/value_drift"]
+    expected = first["losses/mle"] + first["irl/lambda"] * first["losses/td"] + 0.1 * first["losses/kl"]
+    assert first["losses/loss"] == pytest.approx(expected - bonus * first["irl/entropy_mean"], abs=1e-5)
+    gamma = 0.95 if mode == "full" else 1.0
+    kinds = []
+    for row in map(json.loads, (reference / "rewards.jsonl").open()):
+        kinds.append(row["kind"])
+        assert len(row["rewards"]) == len(row["log_pis"]) == len(row["pieces"]) == len(row["tokens"])
+        assert row["sum"] == pytest.approx(sum(row["rewards"]), abs=1e-6)
+        if row["terminal"]:
+            n, end = len(row["tokens"]), -0.5 if mode == "full" else 0.0
+            assert row["tokens"][-1] == 2 or "im_end" in row["pieces"][-1]
+            telescoped = sum(gamma**t * x for t, x in enumerate(row["log_pis"])) + row["v0"] - gamma**n * end
+            assert row["discounted"] == pytest.approx(telescoped, abs=1e-4)
+    assert {kind: kinds.count(kind) for kind in set(kinds)} == {
+        "held_out": 200,
+        "reference": 6,
+        "corrupted": 6,
+        "sample": 18,
+    }
+    assert (reference / "rewards.png").stat().st_size > 1000
+    if mode == "lora":  # 24 tokens: nearly every demonstration was cut
+        cut = [row for row in map(json.loads, (reference / "rewards.jsonl").open()) if row["kind"] == "held_out"]
+        assert sum(not row["terminal"] for row in cut) > 100
+        assert all(len(row["tokens"]) == 24 for row in cut if not row["terminal"])
+
+
+def test_rows_and_validation_loss_by_transformers(mode, reference):
+    """Prompts and answers of the report, and the log-probabilities by the saved model and transformers' own loss."""
+    if mode == "lora":
+        pytest.skip("the same code")
+    model, tokenizer = (x.from_pretrained(reference / "final") for x in (AutoModelForCausalLM, AutoTokenizer))
+    rows = [json.loads(line) for line in (reference / "rewards.jsonl").open()]
+    problems = load_problems(str(TOY / "test.jsonl"), "", "")[:6]
+    for row in [row for row in rows if row["kind"] == "reference"]:
+        asked = [{"role": "user", "content": problems[row["id"]]["question"]}]
+        assert row["prompt"] == tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+        assert tokenizer.decode(row["tokens"]) == problems[row["id"]]["answer"] + tokenizer.eos_token
+    for row in [row for row in rows if row["kind"] in ("held_out", "sample")][190:]:
+        ids = torch.tensor([row["prompt"] + row["tokens"]])
+        labels = ids.clone()
+        labels[0, : len(row["prompt"])] = -100
+        with torch.no_grad():
+            loss = model(input_ids=ids, labels=labels).loss.item()
+        assert row["log_pi"] / len(row["tokens"]) == pytest.approx(-loss, abs=1e-5)
+
+
+def test_evaluation_only_repeats_the_last_one(mode, command, reference, tmp_path):
+    """--num-train-epochs 0 on the saved model: the same samples, figures and rewards, and no model is written."""
+    if mode == "lora":
+        pytest.skip("the same code")
+    again = ["--model-name", reference / "final", "--num-train-epochs", 0, "--value-shift", "none"]
+    process = training("--output-dir", tmp_path, *again, command=command)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    (row,), last = records(tmp_path / "run"), records(reference)[-1]
+    assert not (tmp_path / "run" / "final").exists()
+    exact = [key for key in last if key.startswith("eval/") and "td" not in key]
+    assert {k: row[k] for k in exact} == pytest.approx({k: last[k] for k in exact}, abs=1e-6)
+
+
+# ---- learning, the calculator, the comparison ------------------------------------------------------------------------
+def planted(row):
+    """The row with its sums annotated and one too large; every later step goes on from the wrong value."""
+    wrong, (steps, final) = {}, row["answer"].split(" That is ")
+
+    def annotate(match):
+        a = wrong.get(match[1], match[1])
+        value = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}[match[2]](int(a), int(match[3])) + 1
+        wrong[match[4]] = str(value)
+        return f"{a} {match[2]} {match[3]} = <<{a}{match[2]}{match[3]}={value}>>{value}"
+
+    steps = re.sub(r"(\d+) ([-+*]) (\d+) = (\d+)", annotate, steps)
+    final = re.sub(r"\d+", lambda match: wrong.get(match[0], match[0]), final)
+    return {**row, "answer": f"{steps} That is {final}"}
+
+
+def test_a_calculator_mends_wrong_sums(tmp_path):
+    """A model that has learnt to be wrong by one is right where a calculator puts in the values."""
+    rows = [planted(json.loads(line)) for line in (TOY / "train.jsonl").read_text().splitlines()[:800]]
+    (tmp_path / "wrong.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    process = training(
+        *("--output-dir", tmp_path, "--dataset", tmp_path / "wrong.jsonl", "--max-train-rows", 720, "--eval-size", 60),
+        *("--num-train-epochs", 6, "--batch-size", 16, "--max-new-tokens", 80, "--calculator", "--skip-first-eval"),
+        *("--lora-r", 0, "--warmup-steps", 5, "--lambda-td", 0.02, "--eval-samples", 2, "--lr", 2e-3),
+        command=IRL_RUN,
+    )
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    last = records(tmp_path / "run")[-1]
+    assert last["eval/greedy"] < 0.15 and last["eval/calculator"] > last["eval/greedy"] + 0.2
+
+
+def test_compare(tmp_path):
+    """MLE and IRL on 500 demonstrations: both learn, IRL stays more diverse; an arm that cannot start is named."""
+    arguments = [
+        *("--output-dir", tmp_path, "--lora-r", 0, "--compare", "--skip-first-eval", "--max-train-rows", 500),
+        *("--num-train-epochs", 6, "--batch-size", 16, "--eval-size", 100, "--compare-seeds", 3, "--compare-arms"),
+    ]
+    arms, folder = ["lambda-td=0,no-vllm-sleep", "lambda-td=0.5"], tmp_path / "run"
+    process = training(*arguments, *arms, command=IRL_RUN)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    table = (folder / "compare.txt").read_text().splitlines()
+    assert len(table) == 3 and "+0.0000 [+0.0000, +0.0000]" in table[1] and "nan" in table[1]  # one seed: no error
+    assert (folder / "compare.png").stat().st_size > 1000
+    mle, irl = (records(folder / f"{arm}__3")[-1] for arm in arms)
+    for arm, last, weight in (arms[0], mle, 0.0), (arms[1], irl, 0.5):
+        args = json.loads((folder / f"{arm}__3" / "args.json").read_text())
+        assert (args["lambda_td"], args["vllm_sleep"], args["seed"]) == (weight, weight > 0, 3)
+        assert f"{last['eval/pass@1']:.4f}" in next(line for line in table if arm in line)
+    assert min(mle["eval/pass@1"], irl["eval/pass@1"]) > 0.45  # the start: .37
+    assert irl["eval/sample_entropy"] > 1.15 * mle["eval/sample_entropy"]
+    assert irl["eval/self_bleu"] < mle["eval/self_bleu"] - 0.01
+    process = training(*arguments, arms[0], "lambda-td=x", command=IRL_RUN)
+    output = process.communicate()[0]
+    assert process.returncode == 2 and "is complete, its model is in" in output
+    assert "error: lambda-td=x, seed 3 ended with exit code 2" in output
+
+
+def test_every_logged_key_stands_in_the_readme():
+    if set(WRITTEN) < set(MODES):
+        pytest.skip("needs the keys of every mode's run")
+    table = README.split("Keys of `irl_imitation.py`'s `metrics.jsonl`")[1].split("\n\n")[1]
+    names = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+    patterns = [re.compile(re.sub(r"\\\{\w+\\\}", r"[\\w@]+", re.escape(name))) for name in names]
+    written = set.union(*WRITTEN.values()) - {"step"}
+    assert [key for key in sorted(written) if not any(p.fullmatch(key) for p in patterns)] == []
+    assert [n for n, p in zip(names, patterns) if not any(p.fullmatch(key) for key in written)] == []
