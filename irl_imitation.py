@@ -525,7 +525,7 @@ if __name__ == "__main__":
     check_arguments(replace(args, terminal_value=0.0), positive=(
         "max_prompt_tokens max_new_tokens batch_size max_tokens_per_microbatch head_chunk keep_last").split())
     if args.eval_samples < 2 or max(args.online_alpha, args.gamma) > 1:
-        fail(f"--eval-samples must be over 1; --online-alpha, {args.online_alpha}, and --gamma, {args.gamma}, at most 1.")
+        fail(f"--eval-samples must be over 1, --online-alpha ({args.online_alpha}) and --gamma ({args.gamma}) not.")
     if args.template and ("{question}" not in args.template or args.system_prompt):
         fail('--template needs {question} in it; --system-prompt is for the chat template, used with --template "".')
     if args.compare:

@@ -66,7 +66,7 @@ inputs = pad_batch(prompts, completions, 0, device)
 terminal, online = torch.ones(args.batch, device=device).bool(), torch.zeros(args.batch, device=device).bool()
 tokens = int(lengths.sum())
 labels = torch.full_like(inputs[0], -100)
-for row, prompt, completion in zip(labels, prompts, completions):
+for row, prompt, completion in zip(labels, prompts, completions, strict=True):
     row[len(prompt) : len(prompt) + len(completion)] = torch.tensor(completion)
 
 

@@ -537,8 +537,8 @@ def test_split_is_the_original_s(n):
 
 ERRORS = {
     "one sample": (["--eval-samples", 1], "--eval-samples must be over 1"),
-    "gamma": (["--gamma", 1.5], "--gamma, 1.5, at most 1"),
-    "alpha": (["--online-alpha", 2], "--online-alpha, 2.0, and"),
+    "gamma": (["--gamma", 1.5], "--gamma (1.5) not"),
+    "alpha": (["--online-alpha", 2], "--online-alpha (2.0)"),
     "negative lambda": (["--lambda-td", -1], "--lambda-td is -1.0; it must be at least 0"),
     "no question": (["--template", "Q:"], "--template needs {question} in it"),
     "system prompt": (["--template", "{question}", "--system-prompt", "x"], "--system-prompt is for the chat template"),
