@@ -1,13 +1,14 @@
 """Imitation as inverse reinforcement learning (Wulfmeier et al. 2024, arXiv 2409.01369): TD-regularised MLE, on GSM8K.
 
-A language model's logits are a soft Q-function: Q(s,a) = z_a, V(s) = log sum_a exp z_a, log pi = Q - V. IQ-Learn
-(arXiv 2106.12142) then reads off them a reward, r = Q(s,a) - gamma V(s'), and imitation that bounds it is
+Logits z are a soft Q-function of text s and next token a: Q(s,a) = z_a, V(s) = log sum_a exp z_a, log pi = Q - V.
+IQ-Learn (2106.12142) reads a reward off them: r = Q(s,a) - gamma V(s'), s' = s + a. Imitation that keeps it small is
 
     loss = mean over the demonstrations' tokens of  -log pi(a|s) + lambda_td (Q(s,a) - gamma V(s'))^2
 
-with V(s') = 0 behind the end token. --lambda-td 0 is MLE (SFT); --entropy-coef is the paper's control, MLE with an
-entropy bonus; --online-alpha mixes the model's own samples into the expectations. Every evaluation also extracts the
-reward of each token. Left out: GAIL, sequence packing, several GPUs. Not yet run on a GPU; results are in README.md.
+with V(s') = 0 behind the end token; r is the TD error at reward 0, hence the name. Both terms are at least 0.
+--lambda-td 0 is MLE (SFT); --entropy-coef is the paper's control, MLE with an entropy bonus; --online-alpha adds the
+model's own samples. Every evaluation also writes the reward of each token. Left out: GAIL, sequence packing, several
+GPUs. Not yet run on a GPU; results are in README.md.
 
     python irl_imitation.py --model-name Qwen/Qwen2.5-1.5B                       # LoRA, meant for one GPU
     python irl_imitation.py --compare --max-train-rows 500 --num-train-epochs 15 # MLE, MLE + entropy, IRL; three seeds
@@ -59,22 +60,22 @@ class Args:
     dataset: str = "openai/gsm8k"  # demonstrations: hub id, or a .jsonl with `question` and `answer` ("... #### 72")
     dataset_config: str = "main"  # configuration of a hub dataset (unused for local files)
     eval_dataset: str = ""  # questions to sample on: a .jsonl or a hub dataset's test split (empty: the held-out tenth)
-    max_train_rows: int = 0  # train on the first so many demonstrations; 0: all but the held-out tenth
+    max_train_rows: int = 0  # train on so many demonstrations, the same for every seed; 0: all but the held-out tenth
     template: str = "QUESTION: {question}\n\nSOLUTION:"  # prompt; the response: " " + answer (empty: chat template)
     system_prompt: str = ""  # of the chat template, with --template ""
     max_prompt_tokens: int = 512  # demonstrations with a longer prompt are left out, and counted
     max_new_tokens: int = 500  # longest response in tokens; a longer demonstration is cut, and has no end then
     # inverse RL
-    lambda_td: float = 0.1  # weight of the squared reward; 0 is MLE
-    gamma: float = 1.0  # discount of V(s') in the reward
-    mle_steps_before_irl: int = 0  # steps of plain MLE first
+    lambda_td: float = 0.1  # weight of the mean squared reward; 0 is MLE, more means smaller rewards, a flatter policy
+    gamma: float = 1.0  # discount of V(s') in the reward; at 1 an answer's rewards sum to log pi + V(prompt)
+    mle_steps_before_irl: int = 0  # first so many steps without squared rewards and own samples
     td_warmup_steps: int = 0  # then raise lambda_td linearly from 0 over this many steps
-    value_shift: Literal["auto", "none"] = "auto"  # auto: take the start's mean Q(end token) off all Q and V
-    terminal_value: float = 0.0  # V after the end token
+    value_shift: float | Literal["auto"] = "auto"  # taken off all Q and V; auto: the start's mean Q of the end token
+    terminal_value: float = 0.0  # V behind the end token, after the shift
     td_detach_next: bool = False  # no gradient through V(s') in the square (semi-gradient, an ablation)
-    online_alpha: float = 0.0  # share of the model's own samples in E[V - gamma V'] and in the square; 0: offline
-    entropy_coef: float = 0.0  # weight of the mean token entropy, which is maximised; MLE + entropy with lambda_td 0
-    lambda_kl: float = 0.0  # weight of KL(pi || start), exact over the vocabulary, on the demonstrations' states
+    online_alpha: float = 0.0  # weight of the model's own samples in iq_loss, below 1; every step samples then
+    entropy_coef: float = 0.0  # weight of the mean entropy at the demonstrations' tokens, which is maximised
+    lambda_kl: float = 0.0  # weight of KL(pi || start) there, exact over the vocabulary
     # optimizer
     num_train_epochs: int = 3  # passes over the demonstrations; 0 evaluates only
     batch_size: int = 64  # demonstrations of one optimizer step
@@ -101,9 +102,10 @@ class Args:
     save_every: int = 100  # write a checkpoint every so many steps, and at the end; 0: only there
     keep_last: int = 2  # checkpoints kept
     # comparison
-    compare: bool = False  # train one run for each of compare_arms and compare_seeds, then write table and figure
-    compare_arms: tuple[str, ...] = ("lambda-td=0", "lambda-td=0,entropy-coef=0.03", "lambda-td=0,entropy-coef=0.1",
-                                     "lambda-td=0.03", "lambda-td=0.1", "lambda-td=0.3")  # arguments; MLE comes first
+    compare: bool = False  # a run for each of compare_arms and compare_seeds, in folders under run_name, then a table
+    compare_arms: tuple[str, ...] = (  # arguments of each, joined by commas; the others are compared with the first
+        "lambda-td=0", "lambda-td=0,entropy-coef=0.03", "lambda-td=0,entropy-coef=0.1", "lambda-td=0.03",
+        "lambda-td=0.1", "lambda-td=0.3")
     compare_seeds: tuple[int, ...] = (1, 2, 3)  # seeds of every arm
 
 
@@ -138,7 +140,7 @@ def token_values(policy, ids, prompt_lens, completion_lens, terminal, head_chunk
                  train_entropy: bool = False):
     """What the logits z [vocabulary] of every state say: V [B, C + 1], Q, entropy, KL and mean z [B, C each], fp32.
 
-    ids [B, T]: prompt + completion, right-padded; prompt_lens, completion_lens, terminal [B]: bool, ends by itself.
+    ids [B, T]: prompt + completion, right-padded (attention is causal: no mask); terminal [B]: bool, ends by itself.
     V = log sum_a exp z_a before each of the C tokens, and behind the last one unless that is terminal; Q = z_a of the
     token that follows; entropy (with a gradient if train_entropy) and KL(pi || reference) in nats, 0 without reference:
     a model, or the policy itself with its LoRA adapters off. All are 0 after the completion's end. Only these states
@@ -166,7 +168,7 @@ def token_values(policy, ids, prompt_lens, completion_lens, terminal, head_chunk
         if reference is not None:
             with torch.no_grad(), policy.disable_adapter() if reference is policy else nullcontext():
                 ref_hidden = ref_model.base_model(input_ids=ids, use_cache=False).last_hidden_state[states]
-        columns = hidden, ids.roll(-1, 1)[states], ref_hidden.detach()
+        columns = hidden, ids.roll(-1, 1)[states], ref_hidden.detach()  # action: the next token (none behind a cut)
         chunks = zip(*(column.split(head_chunk) for column in columns), strict=True)
         parts = [checkpoint(head_values, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     place = torch.arange(int(completion_lens.max()) + 1, device=ids.device)
@@ -186,9 +188,10 @@ def iq_loss(values, chosen, lengths, terminal, online, tokens, gamma: float, lam
 
         -E_demo[Q - V] + lambda {(1 - alpha) E_demo[r^2] + alpha E_own[r^2]} + alpha {E_own[D] - E_demo[D]}
 
-    with D = V - gamma V'. alpha = 0 is the paper's equation 14 (IQ-Learn's 12); alpha > 0 is IQ-Learn's objective, E[D]
-    over the mixture. V' is terminal_value behind an end token, the model's V where a length limit cut; `shift` is taken
-    off all Q and V. Gradients flow through V', in r^2 unless detach_next, as in IQ-Learn.
+    with D = V - gamma V': IQ-Learn's -E_demo[r] + E_mix[D] + lambda E_mix[r^2] over mix = (1 - alpha) demo + alpha own.
+    alpha = 0 is the paper's equation 14 (IQ-Learn's 12), >= 0; else it is >= -alpha / (4 lambda (1 - alpha)). V' is
+    terminal_value behind an end token, the model's V where a length limit cut; `shift` is taken off all Q and V.
+    Gradients flow through V', in r^2 unless detach_next, as in IQ-Learn.
     """
     values, chosen = values.double() - shift, chosen.double() - shift
     place = torch.arange(chosen.shape[1], device=chosen.device)
@@ -249,7 +252,7 @@ def reward_figures(rows: list[dict]) -> dict[str, float]:
     samples, reference, corrupted = (table[table.kind == kind] for kind in ("sample", "reference", "corrupted"))
     right = samples.correct.astype(float)
     n_right = right.groupby(samples.id).sum()
-    n_pairs = n_right * (right.groupby(samples.id).size() - n_right)
+    n_pairs = n_right * (right.groupby(samples.id).size() - n_right)  # 0 / 0 below is NaN, which mean() passes over
     for score in ("sum", "mean", "discounted", "log_pi", "mean_log_pi", "v0"):
         x, a, b = samples[score], reference[score].to_numpy(), corrupted[score].to_numpy()
         ranks, best = x.groupby(samples.id).rank(), right[x == x.groupby(samples.id).transform("max")]
@@ -377,7 +380,7 @@ def plot_rewards(rows: list[dict], path: Path):
     both = {row["id"]: {} for row in rows}
     for row in rows:
         both[row["id"]].setdefault(row["correct"], row)
-    shown = {right: row for pair in sorted(both.values(), key=len) for right, row in pair.items()}
+    shown = {right: row for pair in sorted(both.values(), key=len) for right, row in pair.items()}  # the last stays
     limit, width = max(abs(reward) for row in shown.values() for reward in row["rewards"]) or 1, 16
     axes = Figure(figsize=(10 * len(shown), 6)).subplots(1, len(shown), squeeze=False)[0]
     for axis, (right, row) in zip(axes, sorted(shown.items(), reverse=True), strict=True):
@@ -398,34 +401,33 @@ def compare(args: Args):
     """
     import pandas
     from matplotlib.figure import Figure
-    folder, lines, first = Path(args.output_dir) / (args.run_name or "irl_compare"), [], None
+    folder, lines, first = Path(args.output_dir) / (args.run_name or "irl_compare"), {}, None
     axis = Figure(figsize=(7, 5)).subplots()
     for arm in args.compare_arms:
-        figures, samples = [], []
+        figures, samples, lines[arm] = [], [], {}
         for seed in args.compare_seeds:
             print(f"\n==== {arm}, seed {seed}", flush=True)
-            place = ["--no-compare", f"--output-dir={folder}", f"--run-name={arm}__{seed}", f"--seed={seed}"]
-            command = [sys.executable, *sys.argv, *place, *(f"--{setting}" for setting in arm.split(","))]
+            run_dir = folder / f"{arm}__{seed}"
+            own = ["--no-compare", f"--output-dir={folder}", f"--run-name={run_dir.name}", f"--seed={seed}"]
+            command = [sys.executable, *sys.argv, *own, *(f"--{setting}" for setting in arm.split(","))]
             if code := subprocess.run(command).returncode:
                 fail(f"{arm}, seed {seed} ended with exit code {code}, see above; the same command goes on from there.")
-            run_dir = folder / f"{arm}__{seed}"
             figures.append(json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1]))
             rows = pandas.read_json(run_dir / "rewards.jsonl", lines=True)
             samples.append(rows.loc[rows.kind == "sample", ["id", "correct", "self_bleu"]])
-        questions, figures, line = pandas.concat(samples).groupby("id").mean(), pandas.DataFrame(figures), {"arm": arm}
-        first, mean, error = questions if first is None else first, figures.mean(), figures.sem()
+        questions, figures, line = pandas.concat(samples).groupby("id").mean(), pandas.DataFrame(figures), lines[arm]
+        mean, error, first = figures.mean(), figures.sem(), questions if first is None else first
         for name in ("pass@1", "self_bleu", "sample_entropy", "greedy", f"pass@{args.eval_samples}", "val_mle"):
             line[name] = f"{mean[f'eval/{name}']:.4f} +- {error[f'eval/{name}']:.4f}"
-        for name in ("correct", "self_bleu"):
-            difference, low, high, _ = paired_bootstrap(questions[name], first[name]).values()
+        for column, name in ("correct", "pass@1"), ("self_bleu", "self_bleu"):
+            difference, low, high, _ = paired_bootstrap(questions[column], first[column]).values()
             line[f"{name} - first"] = f"{difference:+.4f} [{low:+.4f}, {high:+.4f}]"
-        spearman = {f"{x}_spearman": round(mean.get(f"reward/{x}_spearman", math.nan), 3) for x in ("sum", "log_pi")}
-        lines.append(line | spearman)
+        line |= {f"{x}_spearman": round(mean.get(f"reward/{x}_spearman", math.nan), 3) for x in ("sum", "log_pi")}
         x, y = "eval/pass@1", "eval/self_bleu"
         axis.errorbar(mean[x], mean[y], yerr=error[y], xerr=error[x], marker="o", capsize=2, label=arm)
-    text = pandas.DataFrame(lines).to_string(index=False)
+    text = pandas.DataFrame(lines).T.to_string()
     (folder / "compare.txt").write_text(text + "\n")
-    axis.set(xlabel="accuracy (pass@1)", ylabel=f"Self-BLEU of {args.eval_samples} samples")
+    axis.set(xlabel="accuracy (pass@1)", ylabel=f"Self-BLEU of {args.eval_samples} samples (lower: more diverse)")
     axis.legend()
     axis.figure.savefig(folder / "compare.png", dpi=120, bbox_inches="tight")
     print(f"\n{text}\nwritten: {folder}/compare.txt, {folder}/compare.png")
@@ -522,17 +524,17 @@ if __name__ == "__main__":
     import tyro
     from tqdm import tqdm
     args = tyro.cli(Args, description=__doc__)
-    check_arguments(replace(args, terminal_value=0.0), positive=(
+    check_arguments(replace(args, terminal_value=0.0, value_shift=0.0), positive=(  # these two may be negative
         "max_prompt_tokens max_new_tokens batch_size max_tokens_per_microbatch head_chunk keep_last").split())
-    if args.eval_samples < 2 or max(args.online_alpha, args.gamma) > 1:
-        fail(f"--eval-samples must be over 1, --online-alpha ({args.online_alpha}) and --gamma ({args.gamma}) not.")
+    if args.eval_samples < 2 or args.gamma > 1 or args.online_alpha >= 1:
+        fail("--eval-samples must be at least 2, --gamma at most 1 and --online-alpha below 1.")
     if args.template and ("{question}" not in args.template or args.system_prompt):
         fail('--template needs {question} in it; --system-prompt is for the chat template, used with --template "".')
     if args.compare:
         compare(args)
         sys.exit(0)
 
-    # data: the original's split into nine tenths and one; prompt and response are tokenised apart and joined as ids
+    # data: split as by train_test_split(test_size=0.1, seed=42) of datasets; prompt and response are tokenised apart
     system_prompt = None if args.template else args.system_prompt
     tokenizer, context = load_tokenizer(args.model_name, system_prompt, args.trust_remote_code)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -581,8 +583,8 @@ if __name__ == "__main__":
 
     # resume: what was logged after the checkpoint is cut off and done again
     start_run(run_dir, args)
-    state = load_checkpoint(run_dir / "checkpoints", policy, optimizer) or {
-        "step": 0, "logged": 0, "shift": 0.0, "first_value": None}
+    state = load_checkpoint(run_dir / "checkpoints", policy, optimizer)
+    state = state or {"step": 0, "logged": 0, "shift": args.value_shift}
     with open(metrics_path, "ab") as file:
         file.truncate(state["logged"])
     signals = []
@@ -600,7 +602,7 @@ if __name__ == "__main__":
             wandb.log(record)
 
     def own_samples(prompts, step):
-        """A sample of the policy for each prompt, as rows, and how far trainer and vLLM disagree on the first 64."""
+        """A sample of the policy for each prompt, as rows, then vLLM put to sleep, and its gap to the trainer on 64."""
         draw = int(np.random.default_rng([args.seed, step, 9]).integers(2**32))
         for set_seed in (np.random.seed, torch.manual_seed):  # vLLM draws from torch's, on a GPU from numpy's
             set_seed(draw)
@@ -628,7 +630,7 @@ if __name__ == "__main__":
             texts = with_calculator(llm, tokenizer, prompts, args.max_new_tokens)
             figures["calculator"] = np.mean([is_correct(extract_answer(text, "strict"), problem["gold"])
                                              for text, problem in zip(texts, eval_problems, strict=True)])
-        _, checked = own_samples(prompts[:64], step)
+        _, checked = own_samples(prompts[:64], step)  # the self-check, which also puts vLLM to sleep
 
         # the held-out demonstrations, and of every question the reference answer, that corrupted, and the samples
         rows = [{"id": i, "kind": "held_out", **row} for i, row in enumerate(val)]
@@ -663,7 +665,7 @@ if __name__ == "__main__":
         shown = [f"eval/{key}" for key in ("pass@1", "greedy", "self_bleu", "sample_entropy", "val_mle", "val_td")]
         print(f"after step {step}:", *(f"{key[5:]} {figures[key]:.4f}" for key in shown), flush=True)
 
-    if args.value_shift == "auto" and state["first_value"] is None:
+    if state["shift"] == "auto":  # the level of logits is arbitrary, but behind the end token r is Q itself
         ended = [row for row in train if row["terminal"]][:256]
         state["shift"] = float(np.mean([q[-1] for _, q, *_ in score_values(policy, ended, **sizes)] or 0.0))
 
@@ -680,14 +682,14 @@ if __name__ == "__main__":
         rows, record = [train[i] for i in orders[step * args.batch_size :][: args.batch_size]], {"step": step + 1}
         irl = step - args.mle_steps_before_irl
         lambda_td = args.lambda_td * min(1.0, max(0, irl + 1) / max(1, args.td_warmup_steps))
-        alpha = args.online_alpha * (irl >= 0)
+        alpha = args.online_alpha * (lambda_td > 0)  # without r^2 nothing would bound the own samples' term
         if alpha:  # the model's own answers to the batch's questions
             sync_weights(llm, policy, sleep)
             own, checked = own_samples([row["prompt"] for row in rows], step)
             rows, record = rows + own, record | checked
         t1 = time.perf_counter()
 
-        # forward and backward, micro-batch by micro-batch; sums divided once by the tokens of the whole batch
+        # forward and backward; micro-batches are divided by the tokens of the whole batch, so the split does not matter
         tokens = [sum(len(row["tokens"]) for row in rows if row["online"] == online) for online in (False, True)]
         lengths, loss_sum, seen = [len(row["prompt"]) + len(row["tokens"]) for row in rows], 0.0, []
         for part in micro_batches(lengths, args.max_tokens_per_microbatch):
@@ -722,14 +724,12 @@ if __name__ == "__main__":
         middle = demo * (1 - first) * (1 - ended)
         for key, where in {"first": demo * first, "middle": middle, "terminal": demo * ended, "online": own}.items():
             record |= {f"irl/td_{key}": (r[where > 0] ** 2).mean()} if where.any() else {}
-        state["first_value"] = state["first_value"] or record["irl/value_mean"]
         td = (r[demo] ** 2).mean()
         log(record | {
             "losses/loss": loss_sum, "losses/mle": (v - q)[demo].mean(), "losses/td": td, "losses/kl": kl[demo].mean(),
-            "losses/grad_norm": grad_norm, "irl/lambda": lambda_td, "irl/td_fraction": lambda_td * td / abs(loss_sum),
-            "irl/value_drift": record["irl/value_mean"] - state["first_value"], "charts/learning_rate": lr,
-            "charts/samples_per_second": len(rows) / seconds, "charts/tokens_per_second": sum(tokens) / seconds,
-            "time/rollout": t1 - t0, "time/forward_backward": seconds,
+            "losses/grad_norm": grad_norm, "irl/lambda": lambda_td, "irl/shift": state["shift"],
+            "time/rollout": t1 - t0, "charts/learning_rate": lr, "charts/samples_per_second": len(rows) / seconds,
+            "charts/tokens_per_second": sum(tokens) / seconds, "time/forward_backward": seconds,
             "memory/peak_gb": (torch.cuda.max_memory_allocated() or 1024 * getrusage(RUSAGE_SELF).ru_maxrss) / 1e9})
         line = f"loss {loss_sum:.3f}  mle {-record['irl/log_pi_mean']:.3f}  td {td:.3f}"
         print(f"step {step + 1}  {line}", flush=True) if bar.disable else bar.set_postfix_str(line)

@@ -149,6 +149,17 @@ def test_online(alpha, key):
     assert loss.item() == pytest.approx(case[key], abs=1e-6)
 
 
+def test_online_loss_is_bounded():
+    """-alpha / (4 lambda (1 - alpha)) at least, however large the logits."""
+    torch.manual_seed(0)
+    lows = []
+    for scale in (0.3, 1.0, 10.0) * 200:
+        cases = [{"logits": (scale * torch.randn(n, 3)).tolist(), "actions": [0, 1, 2, 1][:n]} for n in (1, 3, 4, 2)]
+        loss, _, _ = loss_of(cases, 1.0, 0.5, [False, False, True, True], 0.5)
+        lows.append(loss.item())
+    assert -0.5 <= min(lows) < 5
+
+
 def test_exact_kl_and_its_gradient():
     case = CASES["kl"]
     ids, logits, *rest = batch([case])
@@ -217,8 +228,9 @@ def test_values_against_full_logits():
         for k, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS)):
             z = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 :].float()  # [n + 1, V]
             n, log_p = len(completion), z[:-1].log_softmax(-1)
-            full = [z.logsumexp(-1) * torch.tensor([True] * n + [not TERMINAL[k]]),
-                    z[torch.arange(n), completion], -(log_p.exp() * log_p).sum(-1), torch.zeros(n), z[:-1].mean(-1)]  # fmt: skip
+            entropy = -(log_p.exp() * log_p).sum(-1)
+            v = z.logsumexp(-1) * torch.tensor([True] * n + [not TERMINAL[k]])
+            full = [v, z[torch.arange(n), completion], entropy, torch.zeros(n), z[:-1].mean(-1)]
             for ours, expected in zip(parts, full):
                 torch.testing.assert_close(ours[k, : len(expected)], expected, atol=1e-5, rtol=1e-5)
                 assert (ours[k, len(expected) :] == 0).all()
@@ -507,8 +519,8 @@ def test_calculator():
     assert with_calculation(wrong) == "5*2=<<5*2=10>>10 and 7-9=<<7-9=-2>>"
     assert with_calculation("<<(2+3)*-4=") == "<<(2+3)*-4=-20>>"
     assert with_calculation("<<.1+.2=") == "<<.1+.2=0.3>>" and with_calculation("<<10/3=") == "<<10/3=3.333333333>>"
-    for text in ("<<9**9**9**9=", "<<1/0=", "<<=", "<<()=", "<<1 2=", "<<5//2=", "<<007=", "<<1.2.3=", "<<(1)(2)=",
-                 "<<" + "(" * 90 + "1=", "<<" + "9" * 200 + "=", "<<__import__('os')=", "<<1e9=", "<<1if 1else 2="):  # fmt: skip
+    nasty = ["9**9**9**9", "1/0", "", "()", "1 2", "5//2", "007", "1.2.3", "(1)(2)", "(" * 90 + "1", "9" * 200, "1e9"]
+    for text in [f"<<{expression}=" for expression in [*nasty, "__import__('os')", "1if 1else 2"]]:
         assert with_calculation(text) is None, text
     assert with_calculation("<<1/0=5>><<1+1=3>>") == "<<1/0=5>><<1+1=2>>"
     rng = random.Random(0)
@@ -536,9 +548,9 @@ def test_split_is_the_original_s(n):
 
 
 ERRORS = {
-    "one sample": (["--eval-samples", 1], "--eval-samples must be over 1"),
-    "gamma": (["--gamma", 1.5], "--gamma (1.5) not"),
-    "alpha": (["--online-alpha", 2], "--online-alpha (2.0)"),
+    "one sample": (["--eval-samples", 1], "--eval-samples must be at least 2"),
+    "gamma": (["--gamma", 1.5], "--gamma at most 1"),
+    "alpha": (["--online-alpha", 1], "--online-alpha below 1"),
     "negative lambda": (["--lambda-td", -1], "--lambda-td is -1.0; it must be at least 0"),
     "no question": (["--template", "Q:"], "--template needs {question} in it"),
     "system prompt": (["--template", "{question}", "--system-prompt", "x"], "--system-prompt is for the chat template"),

@@ -23,7 +23,7 @@ MODES = {
     ],
     "lora": [  # demonstrations cut before their end, another template
         *("--lora-r", 4, "--lambda-kl", 0.1, "--template", "Q: {question} A:", "--max-new-tokens", 24, "--value-shift"),
-        *("none", "--td-detach-next", "--skip-first-eval", "--save-every", 1, "--eval-dataset", ""),
+        *(0, "--td-detach-next", "--skip-first-eval", "--save-every", 1, "--eval-dataset", ""),
     ],
 }  # fmt: skip
 WRITTEN = {}  # name of a run: keys of its metrics.jsonl
@@ -92,7 +92,7 @@ def test_what_a_run_says(mode, reference):
     if mode == "full":
         assert [r["irl/lambda"] for r in steps] == pytest.approx([0, 0.1, 0.2, 0.3, 0.3, 0.3])
         assert ["irl/td_online" in r for r in steps] == [False, *[True] * 5]
-        assert first["irl/value_drift"] == 0 != steps[-1]["irl/value_drift"]
+        assert abs(first["irl/shift"]) > 1 and len({r["irl/shift"] for r in steps}) == 1
     expected = first["losses/mle"] + first["irl/lambda"] * first["losses/td"] + 0.1 * first["losses/kl"]
     assert first["losses/loss"] == pytest.approx(expected - bonus * first["irl/entropy_mean"], abs=1e-5)
     gamma = 0.95 if mode == "full" else 1.0
@@ -129,7 +129,8 @@ def test_rows_and_validation_loss_by_transformers(mode, reference):
     for row in [row for row in rows if row["kind"] == "reference"]:
         asked = [{"role": "user", "content": problems[row["id"]]["question"]}]
         assert row["prompt"] == tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
-        assert tokenizer.decode(row["tokens"]) == problems[row["id"]]["answer"] + tokenizer.eos_token
+        whole, ours = problems[row["id"]]["answer"] + tokenizer.eos_token, tokenizer.decode(row["tokens"])
+        assert whole.startswith(ours) and (ours == whole) == row["terminal"]
     for row in [row for row in rows if row["kind"] in ("held_out", "sample")][190:]:
         ids = torch.tensor([row["prompt"] + row["tokens"]])
         labels = ids.clone()
@@ -143,13 +144,14 @@ def test_evaluation_only_repeats_the_last_one(mode, command, reference, tmp_path
     """--num-train-epochs 0 on the saved model: the same samples, figures and rewards, and no model is written."""
     if mode == "lora":
         pytest.skip("the same code")
-    again = ["--model-name", reference / "final", "--num-train-epochs", 0, "--value-shift", "none"]
+    shift = records(reference)[1]["irl/shift"]
+    again = ["--model-name", reference / "final", "--num-train-epochs", 0, "--value-shift", shift]
     process = training("--output-dir", tmp_path, *again, command=command)
     output = process.communicate()[0]
     assert process.returncode == 0, output
     (row,), last = records(tmp_path / "run"), records(reference)[-1]
     assert not (tmp_path / "run" / "final").exists()
-    exact = [key for key in last if key.startswith("eval/") and "td" not in key]
+    exact = [key for key in last if key.startswith(("eval/", "reward/"))]
     assert {k: row[k] for k in exact} == pytest.approx({k: last[k] for k in exact}, abs=1e-6)
 
 
@@ -189,9 +191,9 @@ def test_compare(tmp_path):
     """MLE and IRL on 500 demonstrations: both learn, IRL stays more diverse; an arm that cannot start is named."""
     arguments = [
         *("--output-dir", tmp_path, "--lora-r", 0, "--compare", "--skip-first-eval", "--max-train-rows", 500),
-        *("--num-train-epochs", 6, "--batch-size", 16, "--eval-size", 100, "--compare-seeds", 3, "--compare-arms"),
+        *("--num-train-epochs", 4, "--batch-size", 16, "--eval-size", 80, "--compare-seeds", 3, "--compare-arms"),
     ]
-    arms, folder = ["lambda-td=0,no-vllm-sleep", "lambda-td=0.5"], tmp_path / "run"
+    arms, folder = ["lambda-td=0,no-vllm-sleep", "lambda-td=0.3"], tmp_path / "run"
     process = training(*arguments, *arms, command=IRL_RUN)
     output = process.communicate()[0]
     assert process.returncode == 0, output
@@ -199,12 +201,12 @@ def test_compare(tmp_path):
     assert len(table) == 3 and "+0.0000 [+0.0000, +0.0000]" in table[1] and "nan" in table[1]  # one seed: no error
     assert (folder / "compare.png").stat().st_size > 1000
     mle, irl = (records(folder / f"{arm}__3")[-1] for arm in arms)
-    for arm, last, weight in (arms[0], mle, 0.0), (arms[1], irl, 0.5):
+    for arm, last, weight in (arms[0], mle, 0.0), (arms[1], irl, 0.3):
         args = json.loads((folder / f"{arm}__3" / "args.json").read_text())
         assert (args["lambda_td"], args["vllm_sleep"], args["seed"]) == (weight, weight > 0, 3)
         assert f"{last['eval/pass@1']:.4f}" in next(line for line in table if arm in line)
-    assert min(mle["eval/pass@1"], irl["eval/pass@1"]) > 0.45  # the start: .37
-    assert irl["eval/sample_entropy"] > 1.15 * mle["eval/sample_entropy"]
+    assert min(mle["eval/pass@1"], irl["eval/pass@1"]) > 0.42  # the start: .37
+    assert irl["eval/sample_entropy"] > 1.1 * mle["eval/sample_entropy"]
     assert irl["eval/self_bleu"] < mle["eval/self_bleu"] - 0.01
     process = training(*arguments, arms[0], "lambda-td=x", command=IRL_RUN)
     output = process.communicate()[0]
