@@ -11,7 +11,7 @@ model's own samples. Every evaluation also writes the reward of each token. Left
 GPUs. Not yet run on a GPU; results are in README.md.
 
     python irl_imitation.py --model-name Qwen/Qwen2.5-1.5B                       # LoRA, meant for one GPU
-    python irl_imitation.py --compare --max-train-rows 500 --num-train-epochs 15 # MLE, MLE + entropy, IRL; three seeds
+    python irl_imitation.py --compare --skip-first-eval --max-train-rows 500     # MLE, MLE + entropy, IRL; three seeds
 """
 
 import functools
@@ -73,7 +73,7 @@ class Args:
     value_shift: float | Literal["auto"] = "auto"  # taken off all Q and V; auto: the start's mean Q of the end token
     terminal_value: float = 0.0  # V behind the end token, after the shift
     td_detach_next: bool = False  # no gradient through V(s') in the square (semi-gradient, an ablation)
-    online_alpha: float = 0.0  # weight of the model's own samples in iq_loss, below 1; every step samples then
+    online_alpha: float = 0.0  # weight of the model's own samples in iq_loss, below 1; none while lambda_td is 0
     entropy_coef: float = 0.0  # weight of the mean entropy at the demonstrations' tokens, which is maximised
     lambda_kl: float = 0.0  # weight of KL(pi || start) there, exact over the vocabulary
     # optimizer
@@ -243,9 +243,8 @@ def reward_figures(rows: list[dict]) -> dict[str, float]:
     """How well each score knows right from wrong; rows hold id, kind, correct, rougeLsum and the scores.
 
     {score}_spearman, _rouge: rank correlation with correctness, with ROUGE-L, over all samples. Within a question:
-    _auroc: chance that a right sample scores above a wrong one, mean over questions that have both; _best_of: accuracy
-    of its best-scored sample. _corrupted: share of references that score above their corrupted copy. Ties count half;
-    a figure that would be NaN is left out.
+    _auroc: chance that a right sample scores above a wrong one, mean over questions with both; _best_of: accuracy of
+    its best sample; _corrupted: share of references above their corrupted copy. Ties count half; NaN is left out.
     """
     import pandas
     table, figures = pandas.DataFrame(rows), {}
@@ -256,12 +255,12 @@ def reward_figures(rows: list[dict]) -> dict[str, float]:
     for score in ("sum", "mean", "discounted", "log_pi", "mean_log_pi", "v0"):
         x, a, b = samples[score], reference[score].to_numpy(), corrupted[score].to_numpy()
         ranks, best = x.groupby(samples.id).rank(), right[x == x.groupby(samples.id).transform("max")]
-        above = (ranks * right).groupby(samples.id).sum() - n_right * (n_right + 1) / 2  # Mann-Whitney's U
+        u = (ranks * right).groupby(samples.id).sum() - n_right * (n_right + 1) / 2  # Mann-Whitney's U
         figures |= {f"{score}_spearman": x.rank().corr(right.rank()),
-                    f"{score}_rouge": x.rank().corr(samples.rougeLsum.rank()),
-                    f"{score}_auroc": (above / n_pairs).mean(),
-                    f"{score}_best_of": best.groupby(samples.id).mean().mean(),
-                    f"{score}_corrupted": ((a > b) + 0.5 * (a == b)).mean()}
+                    f"{score}_rouge": x.rank().corr(samples.rougeLsum.rank())}
+        if score != "v0":  # the same for all answers to a question, but for rounding
+            figures |= {f"{score}_corrupted": np.mean((a > b) + (a == b) / 2), f"{score}_auroc": (u / n_pairs).mean(),
+                        f"{score}_best_of": best.groupby(samples.id).mean().mean()}
     return {key: float(value) for key, value in figures.items() if value == value}
 
 
@@ -273,7 +272,8 @@ def diversity(texts: list[str]) -> dict[str, float]:
     """
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
     words, smooth = [re.findall(r"\w+|[^\w\s]", text) for text in texts], SmoothingFunction().method1
-    bleu = [sentence_bleu(words[:i] + words[i + 1 :], words[i], smoothing_function=smooth) for i in range(len(words))]
+    rest = [words[:i] + words[i + 1 :] for i in range(len(words))]  # a copy has BLEU 1, however short
+    bleu = [1.0 if x in y else sentence_bleu(y, x, smoothing_function=smooth) for x, y in zip(words, rest, strict=True)]
     figures = {"self_bleu": float(np.mean(bleu))}
     for n in (1, 2, 3):
         grams = [gram for answer in words for gram in zip(*(answer[i:] for i in range(n)), strict=False)]
@@ -282,12 +282,12 @@ def diversity(texts: list[str]) -> dict[str, float]:
 
 
 def corrupt(answer: str, rng) -> str:
-    """A solution with one number before "####" made larger by 1 to 9 (unchanged if there is none)."""
-    digits = list(re.finditer("[0-9]+", answer.rpartition("####")[0]))
-    if not digits:
+    """A solution with one whole number before "####" made larger by 1 to 9 (unchanged if there is none)."""
+    numbers = list(re.finditer(r"(?<![0-9.,])[0-9]+(?![0-9]|[.,][0-9])", answer.rpartition("####")[0]))
+    if not numbers:
         return answer
-    chosen = digits[rng.integers(len(digits))]
-    return f"{answer[: chosen.start()]}{int(chosen[0]) + rng.integers(1, 10)}{answer[chosen.end() :]}"
+    chosen = numbers[rng.integers(len(numbers))]
+    return f"{answer[: chosen.start()]}{int(chosen[0]) + int(rng.integers(1, 10))}{answer[chosen.end() :]}"
 
 
 # ---- vLLM ------------------------------------------------------------------------------------------------------------
@@ -396,18 +396,21 @@ def plot_rewards(rows: list[dict], path: Path):
 def compare(args: Args):
     """Train every arm with every seed, each run a process of its own, then write compare.txt and compare.png.
 
-    "- first": mean difference from the first arm, over questions, with a paired bootstrap interval over questions
-    (their means over seeds and samples); +-: standard error over seeds. Runs that are complete are not repeated.
+    +-: standard error over seeds. "- first": difference from the first arm, with a paired bootstrap interval over
+    questions, for these very seeds. Runs that are complete are not repeated.
     """
     import pandas
     from matplotlib.figure import Figure
+    if not args.compare_arms or not args.compare_seeds or re.search(r"\beval[-_]", " ".join(args.compare_arms)):
+        fail("--compare needs --compare-arms, all to be evaluated alike, and --compare-seeds.")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # subprocess.run then stops the run that it waits for
     folder, lines, first = Path(args.output_dir) / (args.run_name or "irl_compare"), {}, None
     axis = Figure(figsize=(7, 5)).subplots()
     for arm in args.compare_arms:
         figures, samples, lines[arm] = [], [], {}
         for seed in args.compare_seeds:
             print(f"\n==== {arm}, seed {seed}", flush=True)
-            run_dir = folder / f"{arm}__{seed}"
+            run_dir = folder / f"{arm.replace('/', '_')}__{seed}"
             own = ["--no-compare", f"--output-dir={folder}", f"--run-name={run_dir.name}", f"--seed={seed}"]
             command = [sys.executable, *sys.argv, *own, *(f"--{setting}" for setting in arm.split(","))]
             if code := subprocess.run(command).returncode:
@@ -423,8 +426,8 @@ def compare(args: Args):
             difference, low, high, _ = paired_bootstrap(questions[column], first[column]).values()
             line[f"{name} - first"] = f"{difference:+.4f} [{low:+.4f}, {high:+.4f}]"
         line |= {f"{x}_spearman": round(mean.get(f"reward/{x}_spearman", math.nan), 3) for x in ("sum", "log_pi")}
-        x, y = "eval/pass@1", "eval/self_bleu"
-        axis.errorbar(mean[x], mean[y], yerr=error[y], xerr=error[x], marker="o", capsize=2, label=arm)
+        x, y = ["eval/pass@1", "eval/self_bleu"], ["eval/self_bleu", "eval/pass@1"]
+        axis.errorbar(*mean[x], *error[y], marker="o", capsize=2, label=arm)  # errors of y come first
     text = pandas.DataFrame(lines).T.to_string()
     (folder / "compare.txt").write_text(text + "\n")
     axis.set(xlabel="accuracy (pass@1)", ylabel=f"Self-BLEU of {args.eval_samples} samples (lower: more diverse)")
@@ -531,8 +534,7 @@ if __name__ == "__main__":
     if args.template and ("{question}" not in args.template or args.system_prompt):
         fail('--template needs {question} in it; --system-prompt is for the chat template, used with --template "".')
     if args.compare:
-        compare(args)
-        sys.exit(0)
+        sys.exit(compare(args))
 
     # data: split as by train_test_split(test_size=0.1, seed=42) of datasets; prompt and response are tokenised apart
     system_prompt = None if args.template else args.system_prompt
@@ -592,7 +594,7 @@ if __name__ == "__main__":
         signal.signal(number, lambda number, frame: signals.append(number))
     if args.track:
         import wandb
-        wandb.init(name=run_dir.name, id=run_dir.name, resume="allow", config=asdict(args))
+        wandb.init(name=run_dir.name, id=f"{run_dir.parent.name}__{run_dir.name}", resume="allow", config=asdict(args))
         wandb.define_metric("*", step_metric="step")
 
     def log(record):
@@ -602,7 +604,7 @@ if __name__ == "__main__":
             wandb.log(record)
 
     def own_samples(prompts, step):
-        """A sample of the policy for each prompt, as rows, then vLLM put to sleep, and its gap to the trainer on 64."""
+        """A sample of the policy for each prompt, as rows, then vLLM put to sleep, and its gap to the trainer on 16."""
         draw = int(np.random.default_rng([args.seed, step, 9]).integers(2**32))
         for set_seed in (np.random.seed, torch.manual_seed):  # vLLM draws from torch's, on a GPU from numpy's
             set_seed(draw)
@@ -611,7 +613,7 @@ if __name__ == "__main__":
             llm.sleep(level=2)
         rows = [{"prompt": prompt, "tokens": sample["tokens"], "terminal": sample["finish_reason"] == "stop",
                  "online": True} for prompt, sample in zip(prompts, samples, strict=True)]
-        scored = zip(score_values(policy, rows[:64], **sizes), samples, strict=False)
+        scored = zip(score_values(policy, rows[:16], **sizes), samples, strict=False)
         gaps = np.concatenate([abs(q - v[:-1] - sample["logps"]) for (v, q, *_), sample in scored])
         if not gaps.mean() <= args.max_logp_diff:  # NaN fails too
             fail(f"trainer and vLLM differ by {gaps.mean():.3f} nats a token after step {step}, over --max-logp-diff.")
@@ -630,7 +632,7 @@ if __name__ == "__main__":
             texts = with_calculator(llm, tokenizer, prompts, args.max_new_tokens)
             figures["calculator"] = np.mean([is_correct(extract_answer(text, "strict"), problem["gold"])
                                              for text, problem in zip(texts, eval_problems, strict=True)])
-        _, checked = own_samples(prompts[:64], step)  # the self-check, which also puts vLLM to sleep
+        _, checked = own_samples(prompts[:16], step)  # the self-check, which also puts vLLM to sleep
 
         # the held-out demonstrations, and of every question the reference answer, that corrupted, and the samples
         rows = [{"id": i, "kind": "held_out", **row} for i, row in enumerate(val)]
@@ -652,18 +654,17 @@ if __name__ == "__main__":
             row |= {**scores, "rewards": rewards.tolist(), "log_pis": (q - v[:-1]).tolist(),
                     "pieces": [tokenizer.decode([token]) for token in row["tokens"]]}
         nll, td, entropy = np.concatenate(table["held_out"], axis=1).mean(1)
-        figures |= {"val_mle": nll, "val_perplexity": math.exp(nll), "val_td": td, "val_entropy": entropy,
+        figures |= {"val_mle": nll, "val_perplexity": math.exp(min(nll, 700)), "val_td": td, "val_entropy": entropy,
                     "sample_entropy": np.concatenate(table["sample"], axis=1)[2].mean()}
-        for key in (*measured, *rouge):
-            figures[key] = np.mean([row[key] for row in rows if row["kind"] == "sample"])
+        figures |= {key: np.mean([row[key] for row in rows if row["kind"] == "sample"]) for key in (*measured, *rouge)}
         with open(run_dir / "rewards.jsonl", "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         plot_rewards([row for row in rows if row["kind"] == "sample"], run_dir / "rewards.png")
         figures = {f"eval/{key}": float(x) for key, x in figures.items()} | checked
-        figures |= {f"reward/{key}": x for key, x in reward_figures(rows).items()}
+        figures |= {f"reward/{key}": x for key, x in reward_figures(rows).items()} | {"irl/shift": shift}
         log({"step": step, **figures, "time/eval": time.perf_counter() - started})
-        shown = [f"eval/{key}" for key in ("pass@1", "greedy", "self_bleu", "sample_entropy", "val_mle", "val_td")]
-        print(f"after step {step}:", *(f"{key[5:]} {figures[key]:.4f}" for key in shown), flush=True)
+        shown = ("pass@1", "greedy", "self_bleu", "sample_entropy", "val_mle", "val_td")
+        print(f"after step {step}:", *(f"{key} {figures[f'eval/{key}']:.4f}" for key in shown), flush=True)
 
     if state["shift"] == "auto":  # the level of logits is arbitrary, but behind the end token r is Q itself
         ended = [row for row in train if row["terminal"]][:256]
@@ -680,10 +681,9 @@ if __name__ == "__main__":
             run_evaluation(step)
         t0 = time.perf_counter()
         rows, record = [train[i] for i in orders[step * args.batch_size :][: args.batch_size]], {"step": step + 1}
-        irl = step - args.mle_steps_before_irl
-        lambda_td = args.lambda_td * min(1.0, max(0, irl + 1) / max(1, args.td_warmup_steps))
-        alpha = args.online_alpha * (lambda_td > 0)  # without r^2 nothing would bound the own samples' term
-        if alpha:  # the model's own answers to the batch's questions
+        ramp = min(1.0, max(0, step + 1 - args.mle_steps_before_irl) / max(1, args.td_warmup_steps))
+        lambda_td, alpha = args.lambda_td * ramp, args.online_alpha * (args.lambda_td * ramp > 0)
+        if alpha:  # the model's own answers; without r^2 nothing would bound their term
             sync_weights(llm, policy, sleep)
             own, checked = own_samples([row["prompt"] for row in rows], step)
             rows, record = rows + own, record | checked
@@ -710,7 +710,7 @@ if __name__ == "__main__":
         optimizer.param_groups[0]["lr"] = lr = args.lr * lr_multiplier(step, args.warmup_steps, total, args.lr_schedule)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm or math.inf))
         if not math.isfinite(grad_norm):
-            fail(f"the gradient of step {step + 1} is {grad_norm}; the last checkpoint is sound: lower --lr.")
+            fail(f"the gradient of step {step + 1} is {grad_norm}; lower --lr in another --run-name.")
         optimizer.step()
         optimizer.zero_grad()
         seconds, loss_sum = time.perf_counter() - t1, float(loss_sum)
@@ -747,4 +747,4 @@ if __name__ == "__main__":
     print(f"written: {run_dir}/ with metrics.jsonl, rewards.jsonl, rewards.png and, if trained, the model in final/")
     records = [r for r in map(json.loads, metrics_path.read_text().splitlines()) if "time/eval" in r]
     for key in [key for key in records[-1] if key.startswith(("eval/", "reward/"))]:
-        print(f"{key:<32}{records[0].get(key, math.nan):>10.4f}{records[-1][key]:>10.4f}")
+        print(f"{key:<32}", *(f"{r.get(key, math.nan):>10.4f}" for r in (records[0], records[-1])[-len(records) :]))

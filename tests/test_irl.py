@@ -438,7 +438,8 @@ def test_reward_figures_by_loops():
                 correct = {"correct": rng.random() < 0.1 * i, "rougeLsum": rng.random()} if kind == "sample" else {}
                 rows.append({"id": i, "kind": kind, **scores, **correct})
     figures, samples = reward_figures(rows), [row for row in rows if row["kind"] == "sample"]
-    for score in ("sum", "v0"):
+    assert {key for key in figures if key.startswith("v0")} == {"v0_spearman", "v0_rouge"}
+    for score in ("sum", "log_pi"):
         groups, numbers = defaultdict(list), [row[score] for row in samples]
         for row in samples:
             groups[row["id"]].append(row)
@@ -491,7 +492,8 @@ def test_diversity():
     same, other = "a b c d e f", "u v w x y z"
     assert diversity([same] * 4)["self_bleu"] == pytest.approx(1.0)
     assert diversity([same, other])["self_bleu"] < 0.01
-    assert diversity(["", ""])["self_bleu"] == 0 and diversity(["", same])["distinct_1"] == 1
+    assert diversity(["", ""])["self_bleu"] == diversity(["7", "7", "7"])["self_bleu"] == 1
+    assert diversity(["", same])["distinct_1"] == 1
     # "a b c d e" against "a b c d f": 4/5, 3/4, 2/3, 1/2 of its n-grams, equally long
     figures = diversity(["a b c d e", "a b c d f"])
     assert figures["self_bleu"] == pytest.approx((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
