@@ -5,10 +5,9 @@ IQ-Learn (2106.12142) reads a reward off them: r = Q(s,a) - gamma V(s'), s' = s 
 
     loss = mean over the demonstrations' tokens of  -log pi(a|s) + lambda_td (Q(s,a) - gamma V(s'))^2
 
-with V(s') = 0 behind the end token; r is the TD error at reward 0, hence the name. Both terms are at least 0.
---lambda-td 0 is MLE (SFT); --entropy-coef is the paper's control, MLE with an entropy bonus; --online-alpha adds the
-model's own samples. Every evaluation also writes the reward of each token. Left out: GAIL, sequence packing, several
-GPUs. Not yet run on a GPU; results are in README.md.
+with V(s') = 0 behind the end token; r is the TD error at reward 0, hence the name. --lambda-td 0 is MLE (SFT);
+--entropy-coef is the paper's control, MLE with an entropy bonus; --online-alpha adds own samples. Every evaluation also
+writes each token's reward. Left out: GAIL, packing, several GPUs. Not yet run on a GPU; results are in README.md.
 
     python irl_imitation.py --model-name Qwen/Qwen2.5-1.5B                       # LoRA, meant for one GPU
     python irl_imitation.py --compare --skip-first-eval --max-train-rows 500     # MLE, MLE + entropy, IRL; three seeds
@@ -357,10 +356,7 @@ def sync_weights(llm, policy, sleep: bool):
 
 
 def with_calculator(llm, tokenizer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
-    """Greedy answers in which every "<<48/2=" is followed by its value, as if a calculator had written it.
-
-    Whole answers are sampled, cut where the first value is wrong, the right one put in, and the rest sampled anew.
-    """
+    """Greedy answers with the true value behind every "<<48/2=": cut at the first wrong one, mended, sampled on."""
     texts, going = dict.fromkeys(range(len(prompts)), ""), list(range(len(prompts)))
     while going:
         begun = [tokenizer(texts[i], add_special_tokens=False)["input_ids"] for i in going]
@@ -393,7 +389,7 @@ def plot_rewards(rows: list[dict], path: Path):
     axes[0].figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
-def compare(args: Args):
+def compare_runs(args: Args):
     """Train every arm with every seed, each run a process of its own, then write compare.txt and compare.png.
 
     +-: standard error over seeds. "- first": difference from the first arm, with a paired bootstrap interval over
@@ -534,7 +530,7 @@ if __name__ == "__main__":
     if args.template and ("{question}" not in args.template or args.system_prompt):
         fail('--template needs {question} in it; --system-prompt is for the chat template, used with --template "".')
     if args.compare:
-        sys.exit(compare(args))
+        sys.exit(compare_runs(args))
 
     # data: split as by train_test_split(test_size=0.1, seed=42) of datasets; prompt and response are tokenised apart
     system_prompt = None if args.template else args.system_prompt
@@ -576,9 +572,13 @@ if __name__ == "__main__":
         llm.sleep(level=2)  # drops the weights; sync_weights sends them again
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
         set_seed(args.seed)
-    policy, reference = load_policy(args, device, dtype if args.lora_r else torch.float32, args.lora_r), None
-    if args.lambda_kl:  # with LoRA the policy without its adapters
-        reference = policy if args.lora_r else load_policy(args, device, dtype, 0).requires_grad_(False)
+    from vllm.config import set_current_vllm_config
+    with set_current_vllm_config(llm.llm_engine.vllm_config):  # classes that vLLM has taken over (GPT-NeoX) ask for it
+        policy, reference = load_policy(args, device, dtype if args.lora_r else torch.float32, args.lora_r), None
+        if args.lambda_kl:  # with LoRA the policy without its adapters
+            reference = policy if args.lora_r else load_policy(args, device, dtype, 0).requires_grad_(False)
+    for module in [*policy.modules(), *(reference.modules() if reference else ())]:
+        module.do_not_compile = True  # nor are they for vLLM to compile
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     sizes = {"pad_id": pad_id, "max_tokens": args.max_tokens_per_microbatch, "head_chunk": args.head_chunk}
     optimizer = torch.optim.AdamW(trainable, args.lr, (0.9, 0.95), args.eps, args.weight_decay, fused=True)

@@ -16,14 +16,14 @@ from eval_gsm8k import load_problems
 README = (ROOT / "README.md").read_text()
 NOT_REPEATABLE = ("time/", "memory/", "charts/samples_per_second", "charts/tokens_per_second")
 MODES = {
-    "full": [
-        *("--lora-r", 0, "--online-alpha", 0.2, "--lambda-kl", 0.1, "--entropy-coef", 0.01, "--gamma", 0.95),
+    "lora": [
+        *("--lora-r", 4, "--online-alpha", 0.2, "--lambda-kl", 0.1, "--entropy-coef", 0.01, "--gamma", 0.95),
         *("--mle-steps-before-irl", 1, "--td-warmup-steps", 3, "--lambda-td", 0.3, "--eval-every", 4),
         *("--save-every", 2, "--terminal-value", -0.5, "--calculator"),
     ],
-    "lora": [  # demonstrations cut before their end, another template
-        *("--lora-r", 4, "--lambda-kl", 0.1, "--template", "Q: {question} A:", "--max-new-tokens", 24, "--value-shift"),
-        *(0, "--td-detach-next", "--skip-first-eval", "--save-every", 1, "--eval-dataset", ""),
+    "full": [  # demonstrations cut before their end, another template, sampling on the held-out questions
+        *("--lora-r", 0, "--lambda-kl", 0.1, "--template", "Q: {question} A:", "--max-new-tokens", 24, "--value-shift"),
+        *(0, "--td-detach-next", "--skip-first-eval", "--eval-dataset", ""),
     ],
 }  # fmt: skip
 WRITTEN = {}  # name of a run: keys of its metrics.jsonl
@@ -60,24 +60,28 @@ def reference(mode, command, tmp_path_factory):
     return folder / "run"
 
 
-def test_stopped_and_started_again(mode, command, reference, tmp_path):
-    """SIGKILL, or SIGUSR1, after a random step: the same command ends with the same bits."""
-    number = signal.SIGKILL if mode == "full" else signal.SIGUSR1
-    process, target, path = training("--output-dir", tmp_path, command=command), random.randint(1, 4), tmp_path / "run"
-    while not (path / "metrics.jsonl").exists() or (path / "metrics.jsonl").read_text().count("losses/loss") < target:
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
-    process.send_signal(number)
-    output = process.communicate()[0]
-    if number == signal.SIGUSR1:
-        assert process.returncode == 128 + number and "--run-name run goes on from there" in output, output
-    assert not (path / "final").exists()
+def test_killed_and_started_again(mode, command, reference, tmp_path):
+    """SIGKILL after a random step, or SIGUSR1: the same command ends with the same bits."""
+    if mode == "full":
+        pytest.skip("less to restore than in the other mode")
+    for number in (signal.SIGKILL, signal.SIGUSR1):
+        process, path = training("--output-dir", tmp_path, command=command), tmp_path / "run" / "metrics.jsonl"
+        target = random.randint(1, 3) if number == signal.SIGKILL else 4
+        while not path.exists() or path.read_text().count("losses/loss") < target:
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.01)
+        process.send_signal(number)
+        output = process.communicate()[0]
+        if number == signal.SIGUSR1:
+            assert process.returncode == 128 + number and "--run-name run goes on from there" in output, output
+        assert not (tmp_path / "run" / "final").exists()
     process = training("--output-dir", tmp_path, command=command)
     output = process.communicate()[0]
     assert process.returncode == 0, output
-    for a, b in zip(results(path)[1], results(reference)[1], strict=True):
+    again = results(tmp_path / "run")
+    for a, b in zip(again[1], results(reference)[1], strict=True):
         assert a == b
-    assert results(path) == results(reference)
+    assert again == results(reference)
 
 
 def test_what_a_run_says(mode, reference):
@@ -85,24 +89,24 @@ def test_what_a_run_says(mode, reference):
     rows = records(reference)
     steps, evaluations = ([r for r in rows if key in r] for key in ("losses/loss", "eval/pass@1"))
     assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]
-    assert [r["step"] for r in evaluations] == ([0, 4, 6] if mode == "full" else [6])
+    assert [r["step"] for r in evaluations] == ([0, 4, 6] if mode == "lora" else [6])
     assert all(r["rollout/logp_diff_max"] < 1e-4 for r in rows if "rollout/logp_diff_max" in r)
     assert steps[0]["losses/kl"] == pytest.approx(0, abs=1e-5) and steps[-1]["losses/kl"] > 1e-5
-    first, bonus = steps[0], 0.01 if mode == "full" else 0.0
-    if mode == "full":
+    first, bonus = steps[0], 0.01 if mode == "lora" else 0.0
+    if mode == "lora":
         assert [r["irl/lambda"] for r in steps] == pytest.approx([0, 0.1, 0.2, 0.3, 0.3, 0.3])
         assert ["irl/td_online" in r for r in steps] == [False, *[True] * 5]
         assert abs(first["irl/shift"]) > 1 and len({r["irl/shift"] for r in steps}) == 1
     expected = first["losses/mle"] + first["irl/lambda"] * first["losses/td"] + 0.1 * first["losses/kl"]
     assert first["losses/loss"] == pytest.approx(expected - bonus * first["irl/entropy_mean"], abs=1e-5)
-    gamma = 0.95 if mode == "full" else 1.0
+    gamma = 0.95 if mode == "lora" else 1.0
     kinds = []
     for row in map(json.loads, (reference / "rewards.jsonl").open()):
         kinds.append(row["kind"])
         assert len(row["rewards"]) == len(row["log_pis"]) == len(row["pieces"]) == len(row["tokens"])
         assert row["sum"] == pytest.approx(sum(row["rewards"]), abs=1e-6)
         if row["terminal"]:
-            n, end = len(row["tokens"]), -0.5 if mode == "full" else 0.0
+            n, end = len(row["tokens"]), -0.5 if mode == "lora" else 0.0
             assert row["tokens"][-1] == 2 or "im_end" in row["pieces"][-1]
             telescoped = sum(gamma**t * x for t, x in enumerate(row["log_pis"])) + row["v0"] - gamma**n * end
             assert row["discounted"] == pytest.approx(telescoped, abs=1e-4)
@@ -113,7 +117,7 @@ def test_what_a_run_says(mode, reference):
         "sample": 18,
     }
     assert (reference / "rewards.png").stat().st_size > 1000
-    if mode == "lora":  # 24 tokens: nearly every demonstration was cut
+    if mode == "full":  # 24 tokens: nearly every demonstration was cut
         cut = [row for row in map(json.loads, (reference / "rewards.jsonl").open()) if row["kind"] == "held_out"]
         assert sum(not row["terminal"] for row in cut) > 100
         assert all(len(row["tokens"]) == 24 for row in cut if not row["terminal"])
@@ -121,7 +125,7 @@ def test_what_a_run_says(mode, reference):
 
 def test_rows_and_validation_loss_by_transformers(mode, reference):
     """Prompts and answers of the report, and the log-probabilities by the saved model and transformers' own loss."""
-    if mode == "lora":
+    if mode == "full":
         pytest.skip("the same code")
     model, tokenizer = (x.from_pretrained(reference / "final") for x in (AutoModelForCausalLM, AutoTokenizer))
     rows = [json.loads(line) for line in (reference / "rewards.jsonl").open()]
@@ -137,14 +141,14 @@ def test_rows_and_validation_loss_by_transformers(mode, reference):
         labels[0, : len(row["prompt"])] = -100
         with torch.no_grad():
             loss = model(input_ids=ids, labels=labels).loss.item()
-        assert row["log_pi"] / len(row["tokens"]) == pytest.approx(-loss, abs=1e-5)
+        assert row["log_pi"] / len(row["tokens"]) == pytest.approx(-loss, abs=1e-4)
 
 
 def test_evaluation_only_repeats_the_last_one(mode, command, reference, tmp_path):
     """--num-train-epochs 0 on the saved model: the same samples, figures and rewards, and no model is written."""
     if mode == "lora":
         pytest.skip("the same code")
-    shift = records(reference)[1]["irl/shift"]
+    shift = records(reference)[-1]["irl/shift"]
     again = ["--model-name", reference / "final", "--num-train-epochs", 0, "--value-shift", shift]
     process = training("--output-dir", tmp_path, *again, command=command)
     output = process.communicate()[0]
@@ -176,7 +180,7 @@ def test_a_calculator_mends_wrong_sums(tmp_path):
     rows = [planted(json.loads(line)) for line in (TOY / "train.jsonl").read_text().splitlines()[:800]]
     (tmp_path / "wrong.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     process = training(
-        *("--output-dir", tmp_path, "--dataset", tmp_path / "wrong.jsonl", "--max-train-rows", 720, "--eval-size", 60),
+        *("--output-dir", tmp_path, "--dataset", tmp_path / "wrong.jsonl", "--max-train-rows", 600, "--eval-size", 40),
         *("--num-train-epochs", 6, "--batch-size", 16, "--max-new-tokens", 80, "--calculator", "--skip-first-eval"),
         *("--lora-r", 0, "--warmup-steps", 5, "--lambda-td", 0.02, "--eval-samples", 2, "--lr", 2e-3),
         command=IRL_RUN,
@@ -191,7 +195,7 @@ def test_compare(tmp_path):
     """MLE and IRL on 500 demonstrations: both learn, IRL stays more diverse; an arm that cannot start is named."""
     arguments = [
         *("--output-dir", tmp_path, "--lora-r", 0, "--compare", "--skip-first-eval", "--max-train-rows", 500),
-        *("--num-train-epochs", 6, "--batch-size", 16, "--eval-size", 100, "--compare-seeds", 3, "--compare-arms"),
+        *("--num-train-epochs", 5, "--batch-size", 16, "--eval-size", 80, "--compare-seeds", 3, "--compare-arms"),
     ]
     arms, folder = ["lambda-td=0,no-vllm-sleep", "lambda-td=0.2"], tmp_path / "run"
     process = training(*arguments, *arms, command=IRL_RUN)

@@ -14,7 +14,14 @@ import sys
 import pytest
 import torch
 from conftest import ENCODER, ROOT, training
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from eval_gsm8k import load_problems, load_questions, split_ids, user_message
 from grpo_upskill import encode_prompt
@@ -140,3 +147,53 @@ def test_star_on_mmlu(tmp_path):
     assert steps[0]["dpo/chosen_logp"] == pytest.approx(-tokens * steps[0]["dpo/chosen_nll"], rel=1e-4)
     evaluated = [record for record in records if "eval/accuracy" in record]
     assert len(evaluated) == 2 and evaluated[0]["eval/no_answer"] == 1.0 and evaluated[0]["eval/length"] == 12
+
+
+def test_irl_on_gsm8k_with_the_original_s_architecture(tmp_path):
+    """A step of IRL with LoRA, exact KL, own samples on GPT-NeoX (Pythia), vocabulary 151,936, no chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(QWEN)
+    tokenizer.chat_template = None
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=151_936,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.eos_token_id,
+    )
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "few.jsonl").write_text("".join((GSM8K / "train.jsonl").read_text().splitlines(keepends=True)[:40]))
+    command = [sys.executable, str(ROOT / "irl_imitation.py"), "--model-name", str(tmp_path / "model")]
+    process = training(
+        *("--dataset", tmp_path / "few.jsonl", "--max-train-rows", 4, "--eval-size", 3, "--eval-samples", 2),
+        *("--num-train-epochs", 1, "--batch-size", 4, "--lora-r", 8, "--lambda-kl", 0.1, "--online-alpha", 0.1),
+        *(
+            "--run-name",
+            "run",
+            "--output-dir",
+            tmp_path,
+            "--max-new-tokens",
+            60,
+            "--eval-dataset",
+            GSM8K / "test.jsonl",
+        ),
+        command=command,
+    )
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert "4 demonstrations" in output and "4 held out" in output
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    nothing_known = torch.tensor(151_936.0).log().item()
+    assert [row["step"] for row in rows] == [0, 1, 1]
+    assert all(row["rollout/logp_diff_max"] < 1e-4 for row in rows)
+    assert rows[1]["losses/mle"] == pytest.approx(nothing_known, abs=0.2)
+    first = json.loads((tmp_path / "run" / "rewards.jsonl").read_text().splitlines()[4])
+    assert first["kind"] == "reference"
+    question = json.loads((GSM8K / "test.jsonl").read_text().splitlines()[0])["question"]
+    assert tokenizer.decode(first["prompt"]) == f"QUESTION: {question}\n\nSOLUTION:"
+    assert tokenizer.decode(first["tokens"]).startswith(" ")
