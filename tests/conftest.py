@@ -80,6 +80,7 @@ def pytest_collection_modifyitems(items):
     slow = (
         "test_resume",
         "test_star_runs",
+        "test_irl_runs",
         "test_learning",
         "test_memory",
         "test_perplexity",
