@@ -333,7 +333,7 @@ def open_run(args, script: str) -> str:
             before = json.load(file)
         now = json.loads(json.dumps(asdict(args)))  # tuples become lists
         free = "run_name output_dir track save_every keep_last max_tokens_per_microbatch head_chunk".split()
-        free += "gradient_checkpointing gpu_memory_utilization vllm_sleep compare_arms compare_seeds".split()
+        free += "gradient_checkpointing gpu_memory_utilization vllm_sleep".split()
         changed = [name for name in now if name not in free and before.get(name) != now[name]]
         changed = [f"--{n.replace('_', '-')} was {before.get(n)!r} and is {now[n]!r}" for n in changed]
         if changed:

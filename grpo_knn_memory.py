@@ -7,24 +7,13 @@ compared with B, all that is stored under the K questions nearest to its own, it
     r_explore = (n - n_min) / (n_max - n_min),       n = 1 - max over b in B of a . b,   B from the wrong answers
 
 (minima and maxima over recent scores), both added to the rewards for answer and format. B leaves a itself out. In the
-authors' code (--memory-mode sequential) it does not, so that r_explore is 0 for all that is wrong.
-
-Left out: value network, several GPUs, multi-turn, 4-bit weights, the authors' entropy, tree and sentence-level rewards.
-Not yet run on a GPU; results without one are in README.md.
+authors' code (--memory-mode sequential) it does not, so that r_explore is 0 for all that is wrong. Left out: value
+network, multi-turn, 4-bit weights, the authors' entropy, tree and sentence-level rewards. Not yet run on a GPU.
 
     python grpo_knn_memory.py --model-name Qwen/Qwen2.5-0.5B-Instruct     # all weights, meant for one 80 GB GPU
 """
 
-import functools
-import json
-import math
-import os
-import random
-import re
-import shutil
-import signal
-import sys
-import time
+import copy, functools, json, math, os, random, re, shutil, signal, sys, time
 from collections import defaultdict, deque
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -38,11 +27,15 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from eval_gsm8k import (check_arguments, check_lengths, encode_prompt, evaluate, extract_answer, fail, is_correct,
                         load_splits, load_tokenizer, open_run, start_run, to_number, worked_examples)
 
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 
 @dataclass
 class Args:
@@ -121,8 +114,6 @@ class Args:
     eval_temperature: float = 0.7  # sampling temperature of evaluations; 0 is greedy
     save_every: int = 50  # write a checkpoint every so many steps, and at the end; 0: only there
     keep_last: int = 2  # checkpoints kept
-
-
 # ---- Reward ----------------------------------------------------------------------------------------------------------
 def format_rewards(text: str, solution: str, compat: bool) -> list[float]:
     """[equals the gold string, integer, strict, soft, xml] of a text; xml: share of tags less .002 a character behind.
@@ -142,25 +133,23 @@ def format_rewards(text: str, solution: str, compat: bool) -> list[float]:
     charged += compat * once[2] * len(text.split("\n</answer>\n")[-1])
     return [given == gold, integer, bool(strict), bool(soft), sum(once) / 4 - 0.002 * charged]
 
-
 @torch.no_grad()
 def embed(encoder, tokenizer, texts: list[str], max_tokens: int) -> torch.Tensor:
     """Unit vectors [len(texts), d] in fp32: the mean of the encoder's last layer over a text's first 256 tokens."""
     ids = tokenizer(texts, truncation=True, max_length=256)["input_ids"]
-    vectors = torch.empty(len(texts), encoder.config.hidden_size)
-    for rows in micro_batches(list(map(len, ids)), max_tokens):
+    vectors = torch.zeros(len(texts), encoder.config.hidden_size)
+    for rows in filter(None, micro_batches(list(map(len, ids)), max_tokens)):
         batch = tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt").to(encoder.device)
         hidden = encoder(**batch).last_hidden_state * batch["attention_mask"][..., None]  # [rows, T, d]
         vectors[rows] = torch.nn.functional.normalize(hidden.sum(1), dim=-1).cpu()  # sum and mean point the same way
+    if WORLD_SIZE > 1:
+        torch.distributed.all_reduce(vectors)  # each rank has filled in its own rows
     return vectors
-
 
 class EpisodicMemory:
     """Answers by question, as unit vectors [d], and recent scores; what is oldest makes room.
-
     entries: {question: {"key": [d], "answers": [[d], ...], "sum": [d]}}, oldest question first, as in the faiss index.
     """
-
     def __init__(self, d: int, max_keys: int, max_values: int, norm_window: int, entries=None, scores=()):
         import faiss
         self.index = faiss.IndexFlatIP(d)  # exact, and by cosine, as the vectors are unit vectors
@@ -169,7 +158,6 @@ class EpisodicMemory:
         for entry in self.entries.values():
             entry["answers"] = list(entry["answers"])  # a checkpoint holds them as one tensor
             self.index.add(entry["key"][None].numpy())
-
     def add(self, question: str, key: torch.Tensor, answer: torch.Tensor):
         """Store an answer under its question."""
         if question not in self.entries:
@@ -183,12 +171,10 @@ class EpisodicMemory:
         entry["sum"] += answer
         if len(entry["answers"]) > self.max_values:
             entry["sum"] -= entry["answers"].pop(0)
-
     def nearest(self, key: torch.Tensor, k: int) -> list[dict]:
         """The entries of the k questions nearest to `key`, fewer where there are fewer."""
         entries = list(self.entries.values())
         return [entries[i] for i in self.index.search(key[None].numpy(), k)[1][0] if i >= 0]
-
 
 def memory_rewards(memory, questions, keys, answers, stored, kind: str, mode: str, k: int):
     """Intrinsic reward [B] of each answer, in 0..1, or NaN where there is nothing to compare it with; fills the memory.
@@ -225,8 +211,6 @@ def memory_rewards(memory, questions, keys, answers, stored, kind: str, mode: st
     low, high = min(recent, default=0.0), max(recent, default=0.0)
     scaled = ((scores - low) / max(high - low, 1e-4)).clamp(0, 1)  # rounding errors are not blown up
     return 1 - scaled if kind == "exploit" else scaled
-
-
 # ---- Policy and log-probabilities ------------------------------------------------------------------------------------
 def load_policy(args, device, dtype, lora_r: int):
     """The model args.model_name with weights in `dtype`, and LoRA adapters of rank lora_r, in fp32, unless that is 0.
@@ -235,7 +219,7 @@ def load_policy(args, device, dtype, lora_r: int):
     """
     from transformers import AutoModelForCausalLM
     policy = AutoModelForCausalLM.from_pretrained(
-        args.model_name, dtype=dtype, use_safetensors=True, trust_remote_code=args.trust_remote_code).to(device)
+        args.model_name, dtype=dtype, use_safetensors=True, trust_remote_code=args.trust_remote_code)
     for name in ("final_logit_softcapping", "logits_soft_cap", "logits_scaling", "logit_scale"):
         if getattr(policy.config.get_text_config(), name, None) not in (None, 1):
             fail(f"{args.model_name} sets {name}: its logits change after the head, which is not done here.")
@@ -250,8 +234,14 @@ def load_policy(args, device, dtype, lora_r: int):
         from peft import LoraConfig, get_peft_model
         lora = LoraConfig(r=lora_r, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
         policy = get_peft_model(policy, lora)
-    return policy.train()
-
+    if WORLD_SIZE > 1:  # FSDP2: each rank keeps a share of every weight, and a layer is whole while it is computed
+        from torch.distributed.fsdp import fully_shard
+        model = policy.get_base_model() if lora_r else policy
+        for module in [*(m for m in model.modules() if type(m).__name__ in model._no_split_modules), model]:
+            fully_shard(module, reshard_after_forward=True).set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)  # a sum: the loss is divided by what all ranks hold
+        model.forward = lambda run: run()  # our own forward pass, inside which embedding, norm and head are whole
+    return policy.to(device).train()
 
 def token_logprobs(policy, ids, prompt_lens, completion_lens, temperature: float, head_chunk: int):
     """Log-probability and entropy of every completion token in nats, [B, C] fp32 each, 0 after a completion's end.
@@ -270,15 +260,17 @@ def token_logprobs(policy, ids, prompt_lens, completion_lens, temperature: float
             entropy = -log_p.exp().mul_(log_p).sum(-1)
         return log_p.gather(-1, targets[:, None])[:, 0], entropy
 
-    with torch.autocast("cuda", torch.bfloat16) if ids.device.type == "cuda" else nullcontext():
+    def forward():
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][predicts]  # [n, H]
         chunks = zip(hidden.split(head_chunk), ids[:, 1:][predicts].split(head_chunk), strict=True)
         parts = [checkpoint(head_logps, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+        return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+    with torch.autocast("cuda", torch.bfloat16, ids.device.type == "cuda", cache_enabled=WORLD_SIZE == 1):
+        logps, entropy = model(forward) if WORLD_SIZE > 1 else forward()
     mask = torch.arange(int(completion_lens.max()), device=ids.device) < completion_lens[:, None]  # [B, C]
     zeros = torch.zeros(mask.shape, device=ids.device)
-    logps, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
     return zeros.masked_scatter(mask, logps), zeros.masked_scatter(mask, entropy)
-
 
 @torch.no_grad()
 def score(policy, prompts, completions, temperature: float, pad_id: int, max_tokens: int, head_chunk: int):
@@ -289,9 +281,9 @@ def score(policy, prompts, completions, temperature: float, pad_id: int, max_tok
         batch = pad_batch([prompts[i] for i in rows], [completions[i] for i in rows], pad_id, device)
         part, _ = token_logprobs(policy, *batch, temperature, head_chunk)
         logps[rows, : part.shape[1]] = part.cpu()
+    if WORLD_SIZE > 1:
+        torch.distributed.all_reduce(logps)  # each rank has filled in its own rows
     return logps
-
-
 # ---- Advantages and loss ---------------------------------------------------------------------------------------------
 def group_advantages(rewards: torch.Tensor, scale: str, eps: float = 1e-4) -> torch.Tensor:
     """A = (r - mean of the group) / (std + eps) of rewards [groups, G], sample std of the group or of the whole batch.
@@ -299,7 +291,6 @@ def group_advantages(rewards: torch.Tensor, scale: str, eps: float = 1e-4) -> to
     DeepSeekMath section 4.1, eps as in TRL; scale "none" leaves the division out (Dr. GRPO)."""
     spread = {"group": rewards.std(1, keepdim=True) + eps, "batch": rewards.std() + eps, "none": 1.0}[scale]
     return (rewards - rewards.mean(1, keepdim=True)) / spread
-
 
 def policy_loss(logps, old_logps, advantages, mask, loss_type: str, clip_low: float, clip_high: float, denominator,
                 is_weights=1.0, ref_logps=None, kl_coef: float = 0.0):
@@ -331,35 +322,40 @@ def policy_loss(logps, old_logps, advantages, mask, loss_type: str, clip_low: fl
     sums["clip_high"] = ((ratio > 1 + clip_high) & (advantages > 0) & mask).sum()
     sums["approx_kl"] = (ratio - 1 - log_ratio).detach().sum()  # k3 of KL(old || new); padding adds 0
     return per_token.sum() / denominator, sums
-
-
 # ---- vLLM ------------------------------------------------------------------------------------------------------------
 def make_engine(args, device, max_model_len: int):
     """A vLLM engine in this process, with random weights until the first `sync_weights`."""
-    try:
-        from vllm import LLM
-        from vllm.platforms import current_platform
-    except ImportError as error:
-        fail(f"vllm does not import ({error}); install requirements.txt, or without a GPU tests/requirements-cpu.txt.")
-    if device.type == "cpu" and not current_platform.is_cpu():
-        fail("no GPU is visible and this vllm is no CPU build; use a GPU, or install tests/requirements-cpu.txt.")
     options = {"gpu_memory_utilization": args.gpu_memory_utilization, "enable_sleep_mode": args.vllm_sleep}
     if device.type == "cpu":  # a KV cache that does not depend on how much memory happens to be free
         options = {"kv_cache_memory_bytes": 2**30, "enforce_eager": True}
+    if WORLD_SIZE > 1:
+        options["distributed_executor_backend"] = "external_launcher"  # an engine of its own in every process
     dtype = "bfloat16" if device.type == "cuda" else "float32"  # "auto" would read fp32 checkpoints as fp16
     try:
-        return LLM(model=args.model_name, tokenizer=getattr(args, "tokenizer_name", "") or None, load_format="dummy",
-                   dtype=dtype, max_model_len=max_model_len, seed=args.seed, trust_remote_code=args.trust_remote_code,
-                   logprobs_mode="processed_logprobs", **options)
-    except Exception as error:  # memory and configuration errors have no common base class
-        fail(f"vLLM did not start with {args.model_name} ({' '.join(str(error).split())[:300]}).")
-
+        from vllm import LLM
+        llm = LLM(model=args.model_name, tokenizer=getattr(args, "tokenizer_name", "") or None, load_format="dummy",
+                  dtype=dtype, max_model_len=max_model_len, seed=args.seed, trust_remote_code=args.trust_remote_code,
+                  logprobs_mode="processed_logprobs", **options)
+    except Exception as error:  # import, memory and configuration errors have no common base class
+        fail(f"vLLM did not start with {args.model_name} on a {device.type} ({' '.join(str(error).split())[:300]}); it "
+             "takes requirements.txt, without a GPU tests/requirements-cpu.txt.")
+    if WORLD_SIZE > 1:  # each rank answers its share of the prompts, and all get all answers
+        own = llm.generate
+        def generate(prompts, *arguments, **options):
+            draws, state = np.random.randint(2**32, size=WORLD_SIZE), np.random.get_state()  # alike on all ranks
+            for set_seed in (np.random.seed, torch.manual_seed):  # vLLM draws from torch's, on a GPU from numpy's
+                set_seed(int(draws[RANK]))
+            shares = gather(own(prompts[RANK::WORLD_SIZE], *arguments, **options))
+            np.random.set_state(state)
+            return [shares[i % WORLD_SIZE][i // WORLD_SIZE] for i in range(len(prompts))]
+        llm.generate = generate
+    return llm
 
 def rollout(llm, prompts: list[list[int]], n: int, temperature: float, max_new_tokens: int) -> list[dict]:
     """n completions of each prompt: [{"tokens", "logps", "finish_reason"}], the n of a prompt side by side.
 
-    `logps` are vLLM's, of the sampled tokens at that temperature. Sampling is from the full distribution, because the
-    loss differentiates that: no top-p, no top-k. A completion that ended by itself keeps its end token.
+    `logps` are vLLM's, of the sampled tokens at that temperature. No top-p, no top-k: the loss differentiates the full
+    distribution. A completion that ended by itself keeps its end token.
     """
     from vllm import SamplingParams
     sampling = SamplingParams(n=n, temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_new_tokens, logprobs=0,
@@ -369,7 +365,6 @@ def rollout(llm, prompts: list[list[int]], n: int, temperature: float, max_new_t
     return [{"tokens": list(output.token_ids), "finish_reason": output.finish_reason,
              "logps": [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)]}
             for output in outputs]
-
 
 def merged_weights(policy):
     """(name, tensor) of every weight under its Hugging Face name; LoRA layers as W + (alpha / r) B A, formed in fp32.
@@ -384,8 +379,7 @@ def merged_weights(policy):
             if name.endswith(".weight"):
                 weight = weight.float() + layer.get_delta_weight("default")  # (alpha / r) B A
         if ".lora_" not in name:
-            yield name, weight
-
+            yield name, unsharded(weight)
 
 @torch.no_grad()
 def sync_weights(llm, policy, sleep: bool):
@@ -397,114 +391,144 @@ def sync_weights(llm, policy, sleep: bool):
         llm.wake_up(["kv_cache"])
     if not llm.reset_prefix_cache():
         raise RuntimeError("vLLM did not reset its prefix cache; its next completions would mix old and new weights.")
+# ---- Several processes, micro-batches --------------------------------------------------------------------------------
+def gather(value) -> list:
+    """[the value of rank 0, of rank 1, ...] on every rank; [value] in a single process. All ranks must call it."""
+    values = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
 
+def unsharded(tensor):
+    """The tensor, or all of it where FSDP has sharded it; all ranks must call it then."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
-# ---- Micro-batches ---------------------------------------------------------------------------------------------------
 def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Indices in batches of similar length, longest first, rows x longest row <= max_tokens (but at least one row)."""
+    """Indices in batches of similar length, longest first, rows x longest row <= max_tokens (but at least one row).
+
+    With several ranks, that is the limit of each, and returned are this rank's rows of every batch, in the last perhaps
+    none: all run as many.
+    """
     batches = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
+        if not batches or len(batches[-1]) >= WORLD_SIZE * max(1, max_tokens // lengths[batches[-1][0]]):
             batches.append([])
         batches[-1].append(i)
-    return batches
-
+    return [batch[RANK::WORLD_SIZE] for batch in batches]
 
 def pad_batch(prompts, completions, pad_id: int, device=None):
     """Right-padded prompt + completion: ids [B, T], prompt lengths [B], completion lengths [B], on `device`.
 
     Example: prompts [[5, 6], [7]], completions [[8], [9, 1]] -> ids [[5, 6, 8], [7, 9, 1]], [2, 1], [1, 2].
+    No rows become a pad without completion, which adds 0 to every sum and gradient.
     """
+    prompts, completions = (prompts, completions) if prompts else ([[pad_id]], [[]])
     rows = [torch.tensor(list(p) + list(c)) for p, c in zip(prompts, completions, strict=True)]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)
     lens = torch.tensor([list(map(len, prompts)), list(map(len, completions))])
     return ids.to(device), *lens.to(device)
-
-
 # ---- Checkpoint ------------------------------------------------------------------------------------------------------
 def save_checkpoint(folder: Path, policy, optimizer, state: dict, keep_last: int):
     """Write weights, optimizer, random generators and `state` to folder/step_<step>, flushed, whole or not at all."""
     from safetensors.torch import save_file
     final, temporary = folder / f"step_{state['step']:06d}", folder / "unfinished"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    weights = {n: p.detach().cpu().contiguous() for n, p in policy.named_parameters() if p.requires_grad}
-    save_file(weights, temporary / "policy.safetensors")
+    if RANK == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True, exist_ok=True)
+    weights, moments = get_state_dict(policy, optimizer, options=StateDictOptions(ignore_frozen_params=True))
     name, keys, *rest = np.random.get_state()
     generators = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
-                  "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-    training = {"optimizer": optimizer.state_dict(), "generators": generators, "state": state}
-    torch.save(training, temporary / "training.pt")
-    for path in temporary.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    for old in sorted(folder.glob("step_*"))[:-keep_last]:
-        shutil.rmtree(old)
-
+                  "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+    training = {"generators": generators, "state": state}
+    if WORLD_SIZE > 1:  # each rank its shards; any number of ranks can go on from them
+        dcp.save({"policy": weights, "optimizer": moments}, checkpoint_id=temporary / "shards")
+    else:
+        save_file(weights, temporary / "policy.safetensors")
+        training["optimizer"] = moments
+    if RANK == 0:
+        torch.save(training, temporary / "training.pt")
+        for path in temporary.rglob("*.*"):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        for old in sorted(folder.glob("step_*"))[:-keep_last]:
+            shutil.rmtree(old)
+    gather(None)  # no rank goes on, or ends, before
 
 def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
     """Restore the newest undamaged checkpoint under `folder` in place; return its `state`, None if there is none."""
     from safetensors.torch import load_file
     for path in sorted(folder.glob("step_*"), reverse=True):
+        sharded = (path / "shards").exists()
+        options = StateDictOptions(full_state_dict=not sharded, ignore_frozen_params=True, strict=False)
         try:
-            weights = load_file(path / "policy.safetensors")
             training = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
+            if sharded:
+                weights, moments = copy.deepcopy(get_state_dict(policy, optimizer, options=options))
+                dcp.load({"policy": weights, "optimizer": moments}, checkpoint_id=path / "shards")
+            else:
+                weights, moments = load_file(path / "policy.safetensors"), training["optimizer"]
         except Exception as error:  # whatever is wrong with the files, the answer is the same
-            print(f"warning: checkpoint {path} is damaged and passed over: {error}", file=sys.stderr)
-            path.rename(path.with_name(f"damaged_{path.name}_{int(time.time())}"))  # or it would push sound ones out
+            if RANK == 0:
+                print(f"warning: checkpoint {path} is damaged and passed over: {error}", file=sys.stderr)
+                path.rename(path.with_name(f"damaged_{path.name}_{int(time.time())}"))  # or it pushes sound ones out
             continue
-        policy.load_state_dict(weights, strict=False)  # strict: LoRA's frozen weights are not in the file
-        optimizer.load_state_dict(training["optimizer"])
+        set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
         generators = training["generators"]
         for restore, key in (random.setstate, "python"), (np.random.set_state, "numpy"), (torch.set_rng_state, "torch"):
             restore(generators[key])
-        if generators["cuda"]:
-            torch.cuda.set_rng_state_all(generators["cuda"])
+        if generators["cuda"] is not None:
+            torch.cuda.set_rng_state(generators["cuda"])
         return training["state"]
     return None
-
 
 def save_final(folder: Path, policy, tokenizer, dtype):
     """A plain Hugging Face model folder (LoRA merged, its adapter under adapter/), complete as soon as it exists."""
     from huggingface_hub import save_torch_state_dict
+    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    left_out = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    adapter = {n: unsharded(w).detach().cpu() for n, w in policy.state_dict().items() if ".lora_" in n}
+    weights = {n: w.detach().to("cpu", dtype).contiguous() for n, w in merged_weights(policy)
+               if RANK == 0 and n not in left_out}  # all ranks gather, rank 0 keeps and writes
+    if RANK > 0:
+        return
     temporary = folder.with_suffix(".unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    tied = ["lm_head.weight"] if model.config.tie_word_embeddings else []
-    weights = {n: w.detach().to("cpu", dtype).contiguous() for n, w in merged_weights(policy) if n not in tied}
     save_torch_state_dict(weights, temporary)
     model.config.dtype = dtype
     model.config.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     (temporary / "generation_config.json").write_text(model.generation_config.to_json_string())  # as is, not validated
     if policy is not model:
-        policy.save_pretrained(temporary / "adapter")
+        policy.save_pretrained(temporary / "adapter", state_dict=adapter)
     temporary.rename(folder)
-
-
 # ---- The algorithm ---------------------------------------------------------------------------------------------------
 if __name__ == "__main__":
     import tyro
     from tqdm import tqdm
     args = tyro.cli(Args, description=__doc__)
+    if RANK > 0:  # rank 0 prints and writes
+        sys.stdout, args.track = open(os.devnull, "w"), False
     check_arguments(args, positive=(
         "num_steps questions_per_step max_new_tokens temperature update_epochs num_minibatches eval_samples keep_last "
         "max_tokens_per_microbatch head_chunk knn_k max_keys max_values norm_window").split())
-
     # data
     problems, eval_problems = load_splits(args, args.questions_per_step + args.num_shots)
     tokenizer, context = load_tokenizer(args.model_name, args.system_prompt, args.trust_remote_code)
     shots, problems = worked_examples(problems[: args.num_shots], args.system_prompt), problems[args.num_shots :]
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
     @functools.lru_cache(maxsize=8192)
     def encode(question, z=None):
         return encode_prompt(tokenizer, question, args.system_prompt, shots=shots)
-
     max_model_len = check_lengths(problems + eval_problems, encode, args.max_new_tokens, context)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if WORLD_SIZE > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if device.type == "cuda" else -1)  # -1: does nothing
+        torch.distributed.init_process_group()  # gloo for tensors on the CPU, NCCL for those on GPUs
+    run_dir = Path(gather(open_run(args, __file__))[0])  # an earlier start of the same --run-name is resumed below
+    metrics_path, samples_path = run_dir / "metrics.jsonl", run_dir / "samples.jsonl"
     if args.intrinsic != "none":
         from transformers import AutoModel, AutoTokenizer
         try:
@@ -514,12 +538,7 @@ if __name__ == "__main__":
             embed(encoder, embed_tokenizer, ["a", "a b"], 512)
         except Exception as error:  # such errors have no common base class
             fail(f"{args.embed_model} or faiss cannot be used; give an encoder's id or folder ({str(error)[:200]}).")
-
-    run_dir = Path(open_run(args, __file__))  # that of an earlier start of the same --run-name is resumed below
-    metrics_path, samples_path = run_dir / "metrics.jsonl", run_dir / "samples.jsonl"
-
     # engine first (it measures free memory and reseeds everything), then seeds, then the policy
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     sleep = args.vllm_sleep and device.type == "cuda"
     llm = make_engine(args, device, max_model_len)
@@ -534,12 +553,11 @@ if __name__ == "__main__":
     optimizer = torch.optim.AdamW(trainable, args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True)
 
     # resume: what was logged after the checkpoint is cut off and done again
-    start_run(run_dir, args)
+    gather(RANK == 0 and start_run(run_dir, args))
     state = load_checkpoint(run_dir / "checkpoints", policy, optimizer) or {"step": 0, "logged": (0, 0)}
-    memories = {}
-    for kind in [kind for kind in ("exploit", "explore") if args.intrinsic in (kind, "both")]:
-        d = encoder.to(device).config.hidden_size
-        memories[kind] = EpisodicMemory(d, args.max_keys, args.max_values, args.norm_window, *state.get(kind, ()))
+    memories = {kind: EpisodicMemory(encoder.to(device).config.hidden_size, args.max_keys, args.max_values,
+                                     args.norm_window, *state.get(kind, ()))
+                for kind in ("exploit", "explore") if args.intrinsic in (kind, "both")}
     for path, size in zip((metrics_path, samples_path), state["logged"], strict=True):
         with open(path, "ab") as file:
             file.truncate(size)
@@ -552,11 +570,10 @@ if __name__ == "__main__":
         wandb.define_metric("*", step_metric="step")
 
     def log(record):
-        with open(metrics_path, "a") as file:
+        with open(metrics_path if RANK == 0 else os.devnull, "a") as file:
             file.write(json.dumps(record) + "\n")
         if args.track:
             wandb.log(record)
-
     def run_evaluation(step):
         started = time.perf_counter()
         figures, _ = evaluate(
@@ -565,7 +582,8 @@ if __name__ == "__main__":
         record = {"step": step, **{f"eval/{key}": value for key, value in figures.items()}}
         log(record | {"time/eval": time.perf_counter() - started})
 
-    bar = tqdm(range(state["step"], args.num_steps), initial=state["step"], total=args.num_steps, disable=None)
+    steps = range(state["step"], args.num_steps)
+    bar = tqdm(steps, initial=steps.start, total=args.num_steps, file=sys.stdout, disable=None)  # None: on a terminal
     for step in bar:
         t0 = time.perf_counter()
         sync_weights(llm, policy, sleep)
@@ -587,8 +605,7 @@ if __name__ == "__main__":
         tokens = [sample["tokens"] for sample in samples]
         lengths = torch.tensor(list(map(len, tokens)))  # [B]
         mask = torch.arange(int(lengths.max())) < lengths[:, None]  # [B, C]
-        vllm_logps = torch.tensor([logp for sample in samples for logp in sample["logps"]])
-        vllm_logps = torch.zeros(mask.shape).masked_scatter(mask, vllm_logps)  # [B, C]
+        vllm_logps = pad_sequence([torch.tensor(sample["logps"]) for sample in samples], batch_first=True)  # [B, C]
         truncated = torch.tensor([sample["finish_reason"] == "length" for sample in samples])  # [B]
         t3 = time.perf_counter()
 
@@ -617,21 +634,20 @@ if __name__ == "__main__":
                 r = torch.where(r.isnan(), r.nanmean(1, True), r).nan_to_num()  # nothing to compare with: neutral
                 r = r * (kind == "exploit" or step >= args.explore_warmup_steps)
                 if args.intrinsic_control == "shuffled":  # that of another answer of the group
-                    r = r.gather(1, torch.rand_like(r).argsort(1))
+                    draws = np.random.default_rng([args.seed, step, 3, len(terms)]).random(r.shape)
+                    r = r.gather(1, torch.tensor(draws).argsort(1))
                 if args.intrinsic_control == "matched":  # the group's mean over right, or over wrong, answers
                     r = torch.where(right, *((r * x).sum(1, True) / x.sum(1, True).clamp(1) for x in (right, ~right)))
                 terms[kind] = r.flatten()
                 rewards = rewards + getattr(args, f"{kind}_coef") * terms[kind]
         if args.shuffle_rewards:
-            rewards = rewards[torch.randperm(len(rewards))]
+            rewards = rewards[np.random.default_rng([args.seed, step, 2]).permutation(len(rewards))]
         t5 = time.perf_counter()
-
         # advantages, within a question
         groups = rewards.view(-1, args.group_size)
         advantages = group_advantages(groups, args.advantage_scale).flatten()  # [B]
         varied = (groups.amax(1) > groups.amin(1)).repeat_interleave(args.group_size)  # [B]
         kept = np.flatnonzero(varied) if args.drop_zero_variance else np.arange(len(batch))
-
         # update
         several = args.update_epochs * args.num_minibatches > 1  # else old is what the one forward pass below gives
         old_logps = score(policy, prompts, tokens, args.temperature, **sizes) if several else None
@@ -661,23 +677,24 @@ if __name__ == "__main__":
                     denominator, is_weights, ref, args.kl_coef)
                 loss.backward()
                 diff = (old - vllm).abs()
-                diff_max = max(diff_max, diff.max().item())
+                diff_max = max(diff_max, diff.max().item() if rows else 0.0)
                 part_sums |= {"loss": loss.detach(), "tokens": part_mask.sum(), "entropy": entropy.sum()}
-                part_sums |= {"diff": diff.sum(), "is_weight": (is_weights * part_mask).sum()}
+                part_sums |= {"logp_diff_mean": diff.sum(), "is_weight": (is_weights * part_mask).sum()}
                 for key, value in part_sums.items():
                     sums[key] += value
-            if not sums["diff"] <= args.max_logp_diff * sums["tokens"]:  # NaN fails too
+            if not sums["logp_diff_mean"] <= args.max_logp_diff * sums["tokens"]:  # NaN fails too
                 fail(f"trainer and vLLM differ by {sums['diff'] / sums['tokens']:.3f} nats a token in step {step + 1}, "
                      "over --max-logp-diff: stale weights, another temperature or prompt, or changed logits?")
             if used:
-                grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm or math.inf))
+                grad_norm = float(unsharded(torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm or math.inf)))
                 if not math.isfinite(grad_norm):
                     fail(f"the gradient of step {step + 1} is {grad_norm}; the last checkpoint is sound: lower --lr.")
                 grad_norms.append(grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
+        shares = gather([{key: float(value) for key, value in sums.items()}, diff_max])
+        sums, diff_max = {k: sum(x[k] for x, _ in shares) for k in sums}, max(x for _, x in shares)
         t6 = time.perf_counter()
-
         # log
         mean = {key: float(value) / max(1.0, float(sums["tokens"])) for key, value in sums.items()}  # per trained token
         seconds = t6 - t2 + t1 - t0  # without the evaluation
@@ -690,13 +707,11 @@ if __name__ == "__main__":
             "losses/policy_loss": float(sums["loss"]) / max(1, len(grad_norms)),
             "losses/grad_norm": sum(grad_norms) / max(1, len(grad_norms)),
             **{f"losses/{k}": mean[k] for k in ("entropy", "kl", "approx_kl", "clip_low", "clip_high") if k in mean},
-            "time/sync": t1 - t0, "time/rollout": t3 - t2, "time/grading": t4 - t3, "time/scoring": t5 - t4,
-            "time/forward_backward": t6 - t5, "time/total": seconds,
+            **{f"rollout/{k}": mean[k] for k in ("logp_diff_mean", "is_weight") if k in mean},
+            "rollout/logp_diff_max": diff_max, "time/sync": t1 - t0, "time/rollout": t3 - t2, "time/grading": t4 - t3,
+            "time/scoring": t5 - t4, "time/forward_backward": t6 - t5, "time/total": seconds,
             "memory/peak_gb": (torch.cuda.max_memory_allocated() or 1024 * getrusage(RUSAGE_SELF).ru_maxrss) / 1e9,
         }
-        if grad_norms:
-            record |= {"rollout/logp_diff_mean": mean["diff"], "rollout/logp_diff_max": diff_max,
-                       "rollout/is_weight": mean["is_weight"]}
         record |= {f"terms/{name}": term.mean().item() for name, term in terms.items()}
         record |= {f"terms/{name}_std": x.view(groups.shape).std(1).mean().item() for name, x in terms.items()}
         for kind, memory in memories.items():
@@ -705,7 +720,7 @@ if __name__ == "__main__":
                        f"memory_bank/{kind}_answers": sum(len(e["answers"]) for e in memory.entries.values())}
         log(record)
         terms |= dict(reward=rewards, advantage=advantages)
-        with open(samples_path, "a") as file:
+        with open(samples_path if RANK == 0 else os.devnull, "a") as file:
             for i in range(args.group_size):  # the first question's whole group
                 row = {"step": step + 1, "question": questions[i], "completion": texts[i],
                        "gold": batch[i]["gold"], "answer": answers[i], "finish_reason": samples[i]["finish_reason"]}
@@ -713,17 +728,16 @@ if __name__ == "__main__":
         shown = ("charts/accuracy", "charts/reward", "terms/task", "charts/length", "time/total")
         line = "  ".join(f"{key.split('/')[1]} {record[key]:.3f}" for key in shown if key in record)
         print(f"step {step + 1}/{args.num_steps}  {line}", flush=True) if bar.disable else bar.set_postfix_str(line)
-
         # checkpoint
-        stop = signals[:1]
+        stop = max(gather(max(signals, default=0)))
         if step + 1 == args.num_steps or (args.save_every and (step + 1) % args.save_every == 0) or stop:
             state = {"step": step + 1, "logged": (metrics_path.stat().st_size, samples_path.stat().st_size),
                      **{kind: ({q: e | {"answers": torch.stack(e["answers"])} for q, e in memory.entries.items()},
                                list(memory.window)) for kind, memory in memories.items()}}
             save_checkpoint(run_dir / "checkpoints", policy, optimizer, state, args.keep_last)
         if stop:
-            print(f"signal {stop[0]}: saved after step {step + 1}; --run-name {run_dir.name} goes on from there.")
-            sys.exit(128 + stop[0])
+            print(f"signal {stop}: saved after step {step + 1}; --run-name {run_dir.name} goes on from there.")
+            sys.exit(128 + stop)
 
     sync_weights(llm, policy, sleep)
     run_evaluation(args.num_steps)

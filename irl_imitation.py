@@ -7,23 +7,13 @@ IQ-Learn (2106.12142) reads a reward off them: r = Q(s,a) - gamma V(s'), s' = s 
 
 with V(s') = 0 behind the end token; r is the TD error at reward 0, hence the name. --lambda-td 0 is MLE (SFT);
 --entropy-coef is the paper's control, MLE with an entropy bonus; --online-alpha adds own samples. Every evaluation also
-writes each token's reward. Left out: GAIL, packing, several GPUs. Not yet run on a GPU; results are in README.md.
+writes each token's reward. Left out: GAIL, packing. Not yet run on a GPU; results are in README.md.
 
     python irl_imitation.py --model-name Qwen/Qwen2.5-1.5B                       # LoRA, meant for one GPU
-    python irl_imitation.py --compare --skip-first-eval --max-train-rows 500     # MLE, MLE + entropy, IRL; three seeds
+    python irl_imitation.py --lambda-td 0 --entropy-coef 0.1                     # the control, MLE + entropy bonus
 """
 
-import functools
-import json
-import math
-import os
-import random
-import re
-import shutil
-import signal
-import subprocess
-import sys
-import time
+import copy, functools, json, math, os, random, re, shutil, signal, sys, time
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -37,11 +27,15 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from eval_gsm8k import (check_arguments, check_lengths, encode_prompt, evaluate, extract_answer, fail, is_correct,
-                        load_problems, load_tokenizer, open_run, paired_bootstrap, start_run, with_calculation)
+                        load_problems, load_tokenizer, open_run, start_run, with_calculation)
 
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 
 @dataclass
 class Args:
@@ -100,14 +94,6 @@ class Args:
     calculator: bool = False  # also measure greedy accuracy with a calculator that completes "<<48/2="
     save_every: int = 100  # write a checkpoint every so many steps, and at the end; 0: only there
     keep_last: int = 2  # checkpoints kept
-    # comparison
-    compare: bool = False  # a run for each of compare_arms and compare_seeds, in folders under run_name, then a table
-    compare_arms: tuple[str, ...] = (  # arguments of each, joined by commas; the others are compared with the first
-        "lambda-td=0", "lambda-td=0,entropy-coef=0.03", "lambda-td=0,entropy-coef=0.1", "lambda-td=0.03",
-        "lambda-td=0.1", "lambda-td=0.3")
-    compare_seeds: tuple[int, ...] = (1, 2, 3)  # seeds of every arm
-
-
 # ---- Policy ----------------------------------------------------------------------------------------------------------
 def load_policy(args, device, dtype, lora_r: int):
     """The model args.model_name with weights in `dtype`, and LoRA adapters of rank lora_r, in fp32, unless that is 0.
@@ -116,7 +102,7 @@ def load_policy(args, device, dtype, lora_r: int):
     """
     from transformers import AutoModelForCausalLM
     policy = AutoModelForCausalLM.from_pretrained(
-        args.model_name, dtype=dtype, use_safetensors=True, trust_remote_code=args.trust_remote_code).to(device)
+        args.model_name, dtype=dtype, use_safetensors=True, trust_remote_code=args.trust_remote_code)
     for name in ("final_logit_softcapping", "logits_soft_cap", "logits_scaling", "logit_scale"):
         if getattr(policy.config.get_text_config(), name, None) not in (None, 1):
             fail(f"{args.model_name} sets {name}: its logits change after the head, which is not done here.")
@@ -131,9 +117,14 @@ def load_policy(args, device, dtype, lora_r: int):
         from peft import LoraConfig, get_peft_model
         lora = LoraConfig(r=lora_r, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
         policy = get_peft_model(policy, lora)
-    return policy.train()
-
-
+    if WORLD_SIZE > 1:  # FSDP2: each rank keeps a share of every weight, and a layer is whole while it is computed
+        from torch.distributed.fsdp import fully_shard
+        model = policy.get_base_model() if lora_r else policy
+        for module in [*(m for m in model.modules() if type(m).__name__ in model._no_split_modules), model]:
+            fully_shard(module, reshard_after_forward=True).set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)  # a sum: the loss is divided by what all ranks hold
+        model.forward = lambda run: run()  # our own forward pass, inside which embedding, norm and head are whole
+    return policy.to(device).train()
 # ---- Inverse RL ------------------------------------------------------------------------------------------------------
 def token_values(policy, ids, prompt_lens, completion_lens, terminal, head_chunk: int, reference=None,
                  train_entropy: bool = False):
@@ -162,20 +153,26 @@ def token_values(policy, ids, prompt_lens, completion_lens, terminal, head_chunk
             entropy = -((log_p := z - v[:, None]).exp() * log_p).sum(-1)
         return v, q, entropy, kl, z.detach().mean(-1)
 
-    with torch.autocast("cuda", torch.bfloat16) if ids.device.type == "cuda" else nullcontext():
+    def ref_states():
+        return ref_model.base_model(input_ids=ids, use_cache=False).last_hidden_state[states]
+
+    def forward():
         hidden = ref_hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[states]  # [n, H]
         if reference is not None:
             with torch.no_grad(), policy.disable_adapter() if reference is policy else nullcontext():
-                ref_hidden = ref_model.base_model(input_ids=ids, use_cache=False).last_hidden_state[states]
+                ref_hidden = ref_model(ref_states) if WORLD_SIZE > 1 and ref_model is not model else ref_states()
         columns = hidden, ids.roll(-1, 1)[states], ref_hidden.detach()  # action: the next token (none behind a cut)
         chunks = zip(*(column.split(head_chunk) for column in columns), strict=True)
         parts = [checkpoint(head_values, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+        return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+    with torch.autocast("cuda", torch.bfloat16, ids.device.type == "cuda", cache_enabled=WORLD_SIZE == 1):
+        parts = model(forward) if WORLD_SIZE > 1 else forward()
     place = torch.arange(int(completion_lens.max()) + 1, device=ids.device)
     mask = place < (completion_lens + 1 - terminal.long())[:, None]  # [B, C + 1]
     zeros = torch.zeros(mask.shape, device=ids.device)
-    values, *others = (zeros.masked_scatter(mask, torch.cat(column)) for column in zip(*parts, strict=True))
+    values, *others = (zeros.masked_scatter(mask, column) for column in parts)
     return values, *(column[:, :-1] * (place[:-1] < completion_lens[:, None]) for column in others)
-
 
 def iq_loss(values, chosen, lengths, terminal, online, tokens, gamma: float, lambda_td: float, alpha: float = 0.0,
             shift: float = 0.0, terminal_value: float = 0.0, detach_next: bool = False):
@@ -202,7 +199,6 @@ def iq_loss(values, chosen, lengths, terminal, online, tokens, gamma: float, lam
     loss = loss + alpha * (own - demo) * (values[:, :-1] - gamma * next_values)
     return loss.sum(), rewards.detach()
 
-
 def lr_multiplier(step: int, warmup: int, total: int, schedule: str) -> float:
     """Share of the peak learning rate in step 0..total-1: up to 1 in `warmup` steps, then down to 0 in the last one."""
     if step + 1 <= warmup:
@@ -210,21 +206,18 @@ def lr_multiplier(step: int, warmup: int, total: int, schedule: str) -> float:
     left = max(0, total - step - 1) / max(1, total - warmup)
     return {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant": 1.0}[schedule]
 
-
 @torch.no_grad()
 def score_values(policy, rows: list[dict], pad_id: int, max_tokens: int, head_chunk: int) -> list[list[np.ndarray]]:
     """V [n + 1], Q, entropy, KL, mean z [n each] of every row {"prompt", "tokens", "terminal"}; see `token_values`."""
     device, results = next(policy.parameters()).device, [None] * len(rows)
     for part in micro_batches([len(row["prompt"]) + len(row["tokens"]) for row in rows], max_tokens):
         batch = pad_batch([rows[i]["prompt"] for i in part], [rows[i]["tokens"] for i in part], pad_id, device)
-        terminal = torch.tensor([rows[i]["terminal"] for i in part], device=device)
+        terminal = torch.tensor([rows[i]["terminal"] for i in part] or [True], device=device)
         columns = [column.double().cpu().numpy() for column in token_values(policy, *batch, terminal, head_chunk)]
         for k, i in enumerate(part):
             n = len(rows[i]["tokens"])
             results[i] = [columns[0][k, : n + 1], *(column[k, :n] for column in columns[1:])]
-    return results
-
-
+    return [next(filter(None, shares)) for shares in zip(*gather(results), strict=True)]  # each row from its rank
 # ---- What the evaluation measures ------------------------------------------------------------------------------------
 def reward_scores(values, chosen, terminal: bool, gamma: float, terminal_value: float):
     """Token rewards r_t = Q_t - gamma V_t+1 [n] of one answer, from V [n + 1] and Q [n], and {score: number}.
@@ -236,7 +229,6 @@ def reward_scores(values, chosen, terminal: bool, gamma: float, terminal_value: 
     log_pi, weights = chosen - values[:-1], gamma ** np.arange(len(chosen))
     return rewards, {"sum": rewards.sum(), "mean": rewards.mean(), "discounted": weights @ rewards,
                      "log_pi": log_pi.sum(), "mean_log_pi": log_pi.mean(), "v0": values[0]}
-
 
 def reward_figures(rows: list[dict]) -> dict[str, float]:
     """How well each score knows right from wrong; rows hold id, kind, correct, rougeLsum and the scores.
@@ -262,7 +254,6 @@ def reward_figures(rows: list[dict]) -> dict[str, float]:
                         f"{score}_best_of": best.groupby(samples.id).mean().mean()}
     return {key: float(value) for key, value in figures.items() if value == value}
 
-
 def diversity(texts: list[str]) -> dict[str, float]:
     """Self-BLEU and distinct-1, 2, 3 of the K >= 2 answers to one question, on words and punctuation marks.
 
@@ -279,7 +270,6 @@ def diversity(texts: list[str]) -> dict[str, float]:
         figures[f"distinct_{n}"] = len(set(grams)) / max(1, len(grams))
     return figures
 
-
 def corrupt(answer: str, rng) -> str:
     """A solution with one whole number before "####" made larger by 1 to 9 (unchanged if there is none)."""
     numbers = list(re.finditer(r"(?<![0-9.,])[0-9]+(?![0-9]|[.,][0-9])", answer.rpartition("####")[0]))
@@ -287,35 +277,40 @@ def corrupt(answer: str, rng) -> str:
         return answer
     chosen = numbers[rng.integers(len(numbers))]
     return f"{answer[: chosen.start()]}{int(chosen[0]) + int(rng.integers(1, 10))}{answer[chosen.end() :]}"
-
-
 # ---- vLLM ------------------------------------------------------------------------------------------------------------
 def make_engine(args, device, max_model_len: int):
     """A vLLM engine in this process, with random weights until the first `sync_weights`."""
-    try:
-        from vllm import LLM
-        from vllm.platforms import current_platform
-    except ImportError as error:
-        fail(f"vllm does not import ({error}); install requirements.txt, or without a GPU tests/requirements-cpu.txt.")
-    if device.type == "cpu" and not current_platform.is_cpu():
-        fail("no GPU is visible and this vllm is no CPU build; use a GPU, or install tests/requirements-cpu.txt.")
     options = {"gpu_memory_utilization": args.gpu_memory_utilization, "enable_sleep_mode": args.vllm_sleep}
     if device.type == "cpu":  # a KV cache that does not depend on how much memory happens to be free
         options = {"kv_cache_memory_bytes": 2**30, "enforce_eager": True}
+    if WORLD_SIZE > 1:
+        options["distributed_executor_backend"] = "external_launcher"  # an engine of its own in every process
     dtype = "bfloat16" if device.type == "cuda" else "float32"  # "auto" would read fp32 checkpoints as fp16
     try:
-        return LLM(model=args.model_name, tokenizer=getattr(args, "tokenizer_name", "") or None, load_format="dummy",
-                   dtype=dtype, max_model_len=max_model_len, seed=args.seed, trust_remote_code=args.trust_remote_code,
-                   logprobs_mode="processed_logprobs", **options)
-    except Exception as error:  # memory and configuration errors have no common base class
-        fail(f"vLLM did not start with {args.model_name} ({' '.join(str(error).split())[:300]}).")
-
+        from vllm import LLM
+        llm = LLM(model=args.model_name, tokenizer=getattr(args, "tokenizer_name", "") or None, load_format="dummy",
+                  dtype=dtype, max_model_len=max_model_len, seed=args.seed, trust_remote_code=args.trust_remote_code,
+                  logprobs_mode="processed_logprobs", **options)
+    except Exception as error:  # import, memory and configuration errors have no common base class
+        fail(f"vLLM did not start with {args.model_name} on a {device.type} ({' '.join(str(error).split())[:300]}); it "
+             "takes requirements.txt, without a GPU tests/requirements-cpu.txt.")
+    if WORLD_SIZE > 1:  # each rank answers its share of the prompts, and all get all answers
+        own = llm.generate
+        def generate(prompts, *arguments, **options):
+            draws, state = np.random.randint(2**32, size=WORLD_SIZE), np.random.get_state()  # alike on all ranks
+            for set_seed in (np.random.seed, torch.manual_seed):  # vLLM draws from torch's, on a GPU from numpy's
+                set_seed(int(draws[RANK]))
+            shares = gather(own(prompts[RANK::WORLD_SIZE], *arguments, **options))
+            np.random.set_state(state)
+            return [shares[i % WORLD_SIZE][i // WORLD_SIZE] for i in range(len(prompts))]
+        llm.generate = generate
+    return llm
 
 def rollout(llm, prompts: list[list[int]], n: int, temperature: float, max_new_tokens: int) -> list[dict]:
     """n completions of each prompt: [{"tokens", "logps", "finish_reason"}], the n of a prompt side by side.
 
-    `logps` are vLLM's, of the sampled tokens at that temperature. Sampling is from the full distribution, because the
-    loss differentiates that: no top-p, no top-k. A completion that ended by itself keeps its end token.
+    `logps` are vLLM's, of the sampled tokens at that temperature. No top-p, no top-k: the loss differentiates the full
+    distribution. A completion that ended by itself keeps its end token.
     """
     from vllm import SamplingParams
     sampling = SamplingParams(n=n, temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_new_tokens, logprobs=0,
@@ -325,7 +320,6 @@ def rollout(llm, prompts: list[list[int]], n: int, temperature: float, max_new_t
     return [{"tokens": list(output.token_ids), "finish_reason": output.finish_reason,
              "logps": [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)]}
             for output in outputs]
-
 
 def merged_weights(policy):
     """(name, tensor) of every weight under its Hugging Face name; LoRA layers as W + (alpha / r) B A, formed in fp32.
@@ -340,8 +334,7 @@ def merged_weights(policy):
             if name.endswith(".weight"):
                 weight = weight.float() + layer.get_delta_weight("default")  # (alpha / r) B A
         if ".lora_" not in name:
-            yield name, weight
-
+            yield name, unsharded(weight)
 
 @torch.no_grad()
 def sync_weights(llm, policy, sleep: bool):
@@ -353,7 +346,6 @@ def sync_weights(llm, policy, sleep: bool):
         llm.wake_up(["kv_cache"])
     if not llm.reset_prefix_cache():
         raise RuntimeError("vLLM did not reset its prefix cache; its next completions would mix old and new weights.")
-
 
 def with_calculator(llm, tokenizer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
     """Greedy answers with the true value behind every "<<48/2=": cut at the first wrong one, mended, sampled on."""
@@ -367,9 +359,7 @@ def with_calculator(llm, tokenizer, prompts: list[list[int]], max_new_tokens: in
         going = [i for i, text in better.items() if len(tokenizer(text)["input_ids"]) < max_new_tokens]
         texts |= {i: better[i] for i in going}
     return list(texts.values())
-
-
-# ---- Figures and the comparison --------------------------------------------------------------------------------------
+# ---- Figures ---------------------------------------------------------------------------------------------------------
 def plot_rewards(rows: list[dict], path: Path):
     """Heat maps of the token rewards of a right and of a wrong sample, of one question if there is one with both."""
     from matplotlib.figure import Figure
@@ -387,150 +377,132 @@ def plot_rewards(rows: list[dict], path: Path):
         axis.set_title(f"{'right' if right else 'wrong'}: sum {row['sum']:.2f}; red < 0 < blue, up to {limit:.2f}")
         axis.axis("off")
     axes[0].figure.savefig(path, dpi=120, bbox_inches="tight")
+# ---- Several processes, micro-batches --------------------------------------------------------------------------------
+def gather(value) -> list:
+    """[the value of rank 0, of rank 1, ...] on every rank; [value] in a single process. All ranks must call it."""
+    values = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
 
+def unsharded(tensor):
+    """The tensor, or all of it where FSDP has sharded it; all ranks must call it then."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
-def compare_runs(args: Args):
-    """Train every arm with every seed, each run a process of its own, then write compare.txt and compare.png.
-
-    +-: standard error over seeds. "- first": difference from the first arm, with a paired bootstrap interval over
-    questions, for these very seeds. Runs that are complete are not repeated.
-    """
-    import pandas
-    from matplotlib.figure import Figure
-    if not args.compare_arms or not args.compare_seeds or re.search(r"\beval[-_]", " ".join(args.compare_arms)):
-        fail("--compare needs --compare-arms, all to be evaluated alike, and --compare-seeds.")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # subprocess.run then stops the run that it waits for
-    folder, lines, first = Path(args.output_dir) / (args.run_name or "irl_compare"), {}, None
-    axis = Figure(figsize=(7, 5)).subplots()
-    for arm in args.compare_arms:
-        figures, samples, lines[arm] = [], [], {}
-        for seed in args.compare_seeds:
-            print(f"\n==== {arm}, seed {seed}", flush=True)
-            run_dir = folder / f"{arm.replace('/', '_')}__{seed}"
-            own = ["--no-compare", f"--output-dir={folder}", f"--run-name={run_dir.name}", f"--seed={seed}"]
-            command = [sys.executable, *sys.argv, *own, *(f"--{setting}" for setting in arm.split(","))]
-            if code := subprocess.run(command).returncode:
-                fail(f"{arm}, seed {seed} ended with exit code {code}, see above; the same command goes on from there.")
-            figures.append(json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1]))
-            rows = pandas.read_json(run_dir / "rewards.jsonl", lines=True)
-            samples.append(rows.loc[rows.kind == "sample", ["id", "correct", "self_bleu"]])
-        questions, figures, line = pandas.concat(samples).groupby("id").mean(), pandas.DataFrame(figures), lines[arm]
-        mean, error, first = figures.mean(), figures.sem(), questions if first is None else first
-        for name in ("pass@1", "self_bleu", "sample_entropy", "greedy", f"pass@{args.eval_samples}", "val_mle"):
-            line[name] = f"{mean[f'eval/{name}']:.4f} +- {error[f'eval/{name}']:.4f}"
-        for column, name in ("correct", "pass@1"), ("self_bleu", "self_bleu"):
-            difference, low, high, _ = paired_bootstrap(questions[column], first[column]).values()
-            line[f"{name} - first"] = f"{difference:+.4f} [{low:+.4f}, {high:+.4f}]"
-        line |= {f"{x}_spearman": round(mean.get(f"reward/{x}_spearman", math.nan), 3) for x in ("sum", "log_pi")}
-        x, y = ["eval/pass@1", "eval/self_bleu"], ["eval/self_bleu", "eval/pass@1"]
-        axis.errorbar(*mean[x], *error[y], marker="o", capsize=2, label=arm)  # errors of y come first
-    text = pandas.DataFrame(lines).T.to_string()
-    (folder / "compare.txt").write_text(text + "\n")
-    axis.set(xlabel="accuracy (pass@1)", ylabel=f"Self-BLEU of {args.eval_samples} samples (lower: more diverse)")
-    axis.legend()
-    axis.figure.savefig(folder / "compare.png", dpi=120, bbox_inches="tight")
-    print(f"\n{text}\nwritten: {folder}/compare.txt, {folder}/compare.png")
-
-
-# ---- Micro-batches ---------------------------------------------------------------------------------------------------
 def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Indices in batches of similar length, longest first, rows x longest row <= max_tokens (but at least one row)."""
+    """Indices in batches of similar length, longest first, rows x longest row <= max_tokens (but at least one row).
+
+    With several ranks, that is the limit of each, and returned are this rank's rows of every batch, in the last perhaps
+    none: all run as many.
+    """
     batches = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
+        if not batches or len(batches[-1]) >= WORLD_SIZE * max(1, max_tokens // lengths[batches[-1][0]]):
             batches.append([])
         batches[-1].append(i)
-    return batches
-
+    return [batch[RANK::WORLD_SIZE] for batch in batches]
 
 def pad_batch(prompts, completions, pad_id: int, device=None):
     """Right-padded prompt + completion: ids [B, T], prompt lengths [B], completion lengths [B], on `device`.
 
     Example: prompts [[5, 6], [7]], completions [[8], [9, 1]] -> ids [[5, 6, 8], [7, 9, 1]], [2, 1], [1, 2].
+    No rows become a pad without completion, which adds 0 to every sum and gradient.
     """
+    prompts, completions = (prompts, completions) if prompts else ([[pad_id]], [[]])
     rows = [torch.tensor(list(p) + list(c)) for p, c in zip(prompts, completions, strict=True)]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)
     lens = torch.tensor([list(map(len, prompts)), list(map(len, completions))])
     return ids.to(device), *lens.to(device)
-
-
 # ---- Checkpoint ------------------------------------------------------------------------------------------------------
 def save_checkpoint(folder: Path, policy, optimizer, state: dict, keep_last: int):
     """Write weights, optimizer, random generators and `state` to folder/step_<step>, flushed, whole or not at all."""
     from safetensors.torch import save_file
     final, temporary = folder / f"step_{state['step']:06d}", folder / "unfinished"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    weights = {n: p.detach().cpu().contiguous() for n, p in policy.named_parameters() if p.requires_grad}
-    save_file(weights, temporary / "policy.safetensors")
+    if RANK == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True, exist_ok=True)
+    weights, moments = get_state_dict(policy, optimizer, options=StateDictOptions(ignore_frozen_params=True))
     name, keys, *rest = np.random.get_state()
     generators = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
-                  "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-    training = {"optimizer": optimizer.state_dict(), "generators": generators, "state": state}
-    torch.save(training, temporary / "training.pt")
-    for path in temporary.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    for old in sorted(folder.glob("step_*"))[:-keep_last]:
-        shutil.rmtree(old)
-
+                  "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+    training = {"generators": generators, "state": state}
+    if WORLD_SIZE > 1:  # each rank its shards; any number of ranks can go on from them
+        dcp.save({"policy": weights, "optimizer": moments}, checkpoint_id=temporary / "shards")
+    else:
+        save_file(weights, temporary / "policy.safetensors")
+        training["optimizer"] = moments
+    if RANK == 0:
+        torch.save(training, temporary / "training.pt")
+        for path in temporary.rglob("*.*"):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        for old in sorted(folder.glob("step_*"))[:-keep_last]:
+            shutil.rmtree(old)
+    gather(None)  # no rank goes on, or ends, before
 
 def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
     """Restore the newest undamaged checkpoint under `folder` in place; return its `state`, None if there is none."""
     from safetensors.torch import load_file
     for path in sorted(folder.glob("step_*"), reverse=True):
+        sharded = (path / "shards").exists()
+        options = StateDictOptions(full_state_dict=not sharded, ignore_frozen_params=True, strict=False)
         try:
-            weights = load_file(path / "policy.safetensors")
             training = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
+            if sharded:
+                weights, moments = copy.deepcopy(get_state_dict(policy, optimizer, options=options))
+                dcp.load({"policy": weights, "optimizer": moments}, checkpoint_id=path / "shards")
+            else:
+                weights, moments = load_file(path / "policy.safetensors"), training["optimizer"]
         except Exception as error:  # whatever is wrong with the files, the answer is the same
-            print(f"warning: checkpoint {path} is damaged and passed over: {error}", file=sys.stderr)
-            path.rename(path.with_name(f"damaged_{path.name}_{int(time.time())}"))  # or it would push sound ones out
+            if RANK == 0:
+                print(f"warning: checkpoint {path} is damaged and passed over: {error}", file=sys.stderr)
+                path.rename(path.with_name(f"damaged_{path.name}_{int(time.time())}"))  # or it pushes sound ones out
             continue
-        policy.load_state_dict(weights, strict=False)  # strict: LoRA's frozen weights are not in the file
-        optimizer.load_state_dict(training["optimizer"])
+        set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
         generators = training["generators"]
         for restore, key in (random.setstate, "python"), (np.random.set_state, "numpy"), (torch.set_rng_state, "torch"):
             restore(generators[key])
-        if generators["cuda"]:
-            torch.cuda.set_rng_state_all(generators["cuda"])
+        if generators["cuda"] is not None:
+            torch.cuda.set_rng_state(generators["cuda"])
         return training["state"]
     return None
-
 
 def save_final(folder: Path, policy, tokenizer, dtype):
     """A plain Hugging Face model folder (LoRA merged, its adapter under adapter/), complete as soon as it exists."""
     from huggingface_hub import save_torch_state_dict
+    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    left_out = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    adapter = {n: unsharded(w).detach().cpu() for n, w in policy.state_dict().items() if ".lora_" in n}
+    weights = {n: w.detach().to("cpu", dtype).contiguous() for n, w in merged_weights(policy)
+               if RANK == 0 and n not in left_out}  # all ranks gather, rank 0 keeps and writes
+    if RANK > 0:
+        return
     temporary = folder.with_suffix(".unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    tied = ["lm_head.weight"] if model.config.tie_word_embeddings else []
-    weights = {n: w.detach().to("cpu", dtype).contiguous() for n, w in merged_weights(policy) if n not in tied}
     save_torch_state_dict(weights, temporary)
     model.config.dtype = dtype
     model.config.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     (temporary / "generation_config.json").write_text(model.generation_config.to_json_string())  # as is, not validated
     if policy is not model:
-        policy.save_pretrained(temporary / "adapter")
+        policy.save_pretrained(temporary / "adapter", state_dict=adapter)
     temporary.rename(folder)
-
-
 # ---- The algorithm ---------------------------------------------------------------------------------------------------
 if __name__ == "__main__":
     import tyro
     from tqdm import tqdm
     args = tyro.cli(Args, description=__doc__)
+    if RANK > 0:  # rank 0 prints and writes
+        sys.stdout, args.track = open(os.devnull, "w"), False
     check_arguments(replace(args, terminal_value=0.0, value_shift=0.0), positive=(  # these two may be negative
         "max_prompt_tokens max_new_tokens batch_size max_tokens_per_microbatch head_chunk keep_last").split())
     if args.eval_samples < 2 or args.gamma > 1 or args.online_alpha >= 1:
         fail("--eval-samples must be at least 2, --gamma at most 1 and --online-alpha below 1.")
     if args.template and ("{question}" not in args.template or args.system_prompt):
         fail('--template needs {question} in it; --system-prompt is for the chat template, used with --template "".')
-    if args.compare:
-        sys.exit(compare_runs(args))
 
     # data: split as by train_test_split(test_size=0.1, seed=42) of datasets; prompt and response are tokenised apart
     system_prompt = None if args.template else args.system_prompt
@@ -560,11 +532,14 @@ if __name__ == "__main__":
     if not train or not val:
         fail(f"{args.dataset} leaves {len(train)} demonstrations and {len(val)} held out; raise --max-prompt-tokens.")
     max_model_len = check_lengths(problems + val_problems + eval_problems, encode, args.max_new_tokens, context)
-    run_dir = Path(open_run(args, __file__))  # that of an earlier start of the same --run-name is resumed below
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if WORLD_SIZE > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if device.type == "cuda" else -1)  # -1: does nothing
+        torch.distributed.init_process_group()  # gloo for tensors on the CPU, NCCL for those on GPUs
+    run_dir = Path(gather(open_run(args, __file__))[0])  # an earlier start of the same --run-name is resumed below
     metrics_path = run_dir / "metrics.jsonl"
 
     # engine first (it measures free memory and reseeds everything), then seeds, then the policy
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     sleep = args.vllm_sleep and device.type == "cuda"
     llm = make_engine(args, device, max_model_len)
@@ -579,12 +554,14 @@ if __name__ == "__main__":
             reference = policy if args.lora_r else load_policy(args, device, dtype, 0).requires_grad_(False)
     for module in [*policy.modules(), *(reference.modules() if reference else ())]:
         module.do_not_compile = True  # nor are they for vLLM to compile
+    if WORLD_SIZE > 1 and args.lambda_kl and not args.lora_r:
+        reference.set_reshard_after_forward(False, recurse=False)  # the backward pass asks for its head again
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     sizes = {"pad_id": pad_id, "max_tokens": args.max_tokens_per_microbatch, "head_chunk": args.head_chunk}
     optimizer = torch.optim.AdamW(trainable, args.lr, (0.9, 0.95), args.eps, args.weight_decay, fused=True)
 
     # resume: what was logged after the checkpoint is cut off and done again
-    start_run(run_dir, args)
+    gather(RANK == 0 and start_run(run_dir, args))
     state = load_checkpoint(run_dir / "checkpoints", policy, optimizer)
     state = state or {"step": 0, "logged": 0, "shift": args.value_shift}
     with open(metrics_path, "ab") as file:
@@ -598,7 +575,7 @@ if __name__ == "__main__":
         wandb.define_metric("*", step_metric="step")
 
     def log(record):
-        with open(metrics_path, "a") as file:
+        with open(metrics_path if RANK == 0 else os.devnull, "a") as file:
             file.write(json.dumps(record) + "\n")
         if args.track:
             wandb.log(record)
@@ -657,9 +634,10 @@ if __name__ == "__main__":
         figures |= {"val_mle": nll, "val_perplexity": math.exp(min(nll, 700)), "val_td": td, "val_entropy": entropy,
                     "sample_entropy": np.concatenate(table["sample"], axis=1)[2].mean()}
         figures |= {key: np.mean([row[key] for row in rows if row["kind"] == "sample"]) for key in (*measured, *rouge)}
-        with open(run_dir / "rewards.jsonl", "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        plot_rewards([row for row in rows if row["kind"] == "sample"], run_dir / "rewards.png")
+        if RANK == 0:
+            with open(run_dir / "rewards.jsonl", "w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+            plot_rewards([row for row in rows if row["kind"] == "sample"], run_dir / "rewards.png")
         figures = {f"eval/{key}": float(x) for key, x in figures.items()} | checked
         figures |= {f"reward/{key}": x for key, x in reward_figures(rows).items()} | {"irl/shift": shift}
         log({"step": step, **figures, "time/eval": time.perf_counter() - started})
@@ -675,7 +653,7 @@ if __name__ == "__main__":
     orders, total = sum(map(list, orders), []), math.ceil(args.num_train_epochs * len(train) / args.batch_size)
     if state["step"] == 0 and total and not args.skip_first_eval:
         run_evaluation(0)
-    bar = tqdm(range(state["step"], total), initial=state["step"], total=total, disable=None)
+    bar = tqdm(range(state["step"], total), initial=state["step"], total=total, file=sys.stdout, disable=None)
     for step in bar:
         if step and args.eval_every and step % args.eval_every == 0:
             run_evaluation(step)
@@ -695,7 +673,8 @@ if __name__ == "__main__":
         for part in micro_batches(lengths, args.max_tokens_per_microbatch):
             part = [rows[i] for i in part]
             inputs = pad_batch([row["prompt"] for row in part], [row["tokens"] for row in part], pad_id, device)
-            terminal, online = torch.tensor([(row["terminal"], row["online"]) for row in part], device=device).T
+            flags = [(row["terminal"], row["online"]) for row in part] or [(True, False)]
+            terminal, online = torch.tensor(flags, device=device).T
             values, chosen, entropy, kl, mean_z = token_values(
                 policy, *inputs, terminal, args.head_chunk, reference, args.entropy_coef > 0)
             loss, rewards = iq_loss(values, chosen, inputs[2], terminal, online, tokens, args.gamma, lambda_td, alpha,
@@ -708,15 +687,16 @@ if __name__ == "__main__":
             columns = values[:, :-1], chosen, entropy, kl, mean_z, rewards, *marks
             seen.append(torch.stack([x.detach().float() for x in columns])[:, place <= last])
         optimizer.param_groups[0]["lr"] = lr = args.lr * lr_multiplier(step, args.warmup_steps, total, args.lr_schedule)
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm or math.inf))
+        grad_norm = float(unsharded(torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm or math.inf)))
         if not math.isfinite(grad_norm):
             fail(f"the gradient of step {step + 1} is {grad_norm}; lower --lr in another --run-name.")
         optimizer.step()
         optimizer.zero_grad()
-        seconds, loss_sum = time.perf_counter() - t1, float(loss_sum)
+        loss_sum, seen = sum(map(float, gather(float(loss_sum)))), gather(torch.cat(seen, 1).double().cpu().numpy())
+        seconds = time.perf_counter() - t1
 
         # log and checkpoint
-        v, q, entropy, kl, z, r, first, ended, own = torch.cat(seen, 1).double().cpu().numpy()
+        v, q, entropy, kl, z, r, first, ended, own = np.concatenate(seen, axis=1)
         demo = own == 0
         named = {"chosen_q": q, "value": v, "log_pi": q - v, "logits": z, "entropy": entropy, "reward": r}
         for key, x in named.items():
@@ -733,13 +713,13 @@ if __name__ == "__main__":
             "memory/peak_gb": (torch.cuda.max_memory_allocated() or 1024 * getrusage(RUSAGE_SELF).ru_maxrss) / 1e9})
         line = f"loss {loss_sum:.3f}  mle {-record['irl/log_pi_mean']:.3f}  td {td:.3f}"
         print(f"step {step + 1}  {line}", flush=True) if bar.disable else bar.set_postfix_str(line)
-        stop = signals[:1]
+        stop = max(gather(max(signals, default=0)))
         if step + 1 == total or (args.save_every and (step + 1) % args.save_every == 0) or stop:
             state |= {"step": step + 1, "logged": metrics_path.stat().st_size}
             save_checkpoint(run_dir / "checkpoints", policy, optimizer, state, args.keep_last)
         if stop:
-            print(f"signal {stop[0]}: saved after step {step + 1}; --run-name {run_dir.name} goes on from there.")
-            sys.exit(128 + stop[0])
+            print(f"signal {stop}: saved after step {step + 1}; --run-name {run_dir.name} goes on from there.")
+            sys.exit(128 + stop)
 
     run_evaluation(total)
     if total:

@@ -8,24 +8,14 @@ Sample K answers to every training question, grade them by their letter, train o
 dpo takes all right x wrong pairs of a question; --rpo-alpha adds the right answer's -log p / tokens (IRPO, 2404.19733).
 weighted and dpo_listwise have targets softmax(score / lambda) over a question's K answers. Sampling is always from the
 latest model; training starts again from --model-name (STaR's rule) or goes on (--no-reset-model, as in IRPO).
-Left out: few-shot prompts, soft scores, several GPUs, 4-bit weights. Not yet run on a GPU; results are in README.md.
+Left out: few-shot prompts, soft scores, 4-bit weights. Not yet run on a GPU; results are in README.md.
 
     python star_dpo.py --model-name Qwen/Qwen2.5-7B-Instruct              # LoRA, DPO, meant for one 80 GB GPU
     python star_dpo.py --strategy sft --lr 2e-4 --dataset mmlu_YO-NG      # STaR on Yoruba
 """
 
-import functools
-import json
-import math
-import os
-import random
-import re
-import shutil
-import signal
-import sys
-import time
+import copy, functools, json, math, os, random, re, shutil, signal, sys, time
 from collections import defaultdict
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -38,13 +28,17 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.nn.functional import logsigmoid
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from eval_gsm8k import (check_arguments, check_lengths, choice_figures, encode_prompt, extract_letter, fail,
                         load_questions, load_tokenizer, open_run, read_rows, split_ids, start_run,
                         user_message)
 
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 
 @dataclass
 class Args:
@@ -72,7 +66,6 @@ class Args:
         "Answer the following multiple choice question. The last line of your response should be of the following "
         "format: 'Answer: $LETTER' (without quotes) where LETTER is one of ABCD.")
     meta_prompt: str = "Think step by step before answering."  # stands behind the preamble
-    meta_prompts: tuple[str, ...] = ()  # only compare these: a sample of every training question with each, and exit
     extraction: Literal["robust", "simple_evals"] = "robust"  # how the letter is read, see extract_letter
     # rollout
     num_iterations: int = 10  # STaR iterations (the original's max_epochs); 0 evaluates only
@@ -117,18 +110,15 @@ class Args:
     save_every: int = 60  # write a checkpoint every so many steps, and at an iteration's end; 0: only there
     save_models: bool = False  # with every checkpoint a Hugging Face folder models/step_<n>, all of them kept
     keep_last: int = 2  # checkpoints kept
-
-
 # ---- What is trained on, and the loss --------------------------------------------------------------------------------
 LEAK = re.compile(r"\(correct\)|\b(?:hints?|marked|given answer|as (?:stated|indicated))\b", re.IGNORECASE)
 END_TEXT = re.compile(r"(?:<\|(?:eot_id|eom_id|im_end|end_of_text|endoftext|end)\|>|</s>|<end_of_turn>)\s*$")
 
-
 def load_generations(path: str, dataset: list[dict], split: list[int], asked: list[dict], message, tokenizer):
     """Graded samples of the questions `asked`, from a samples/*.jsonl of ours or a .csv with the original's columns.
 
-    All must be of questions in `split` (ids), with message(question) in their prompts; those without text are passed
-    over. Another model's end token becomes this tokenizer's. No path: [].
+    All must be of questions in `split` (ids), with message(question) in their prompts; those without text are left out.
+    Another model's end token becomes this tokenizer's. No path: [].
     """
     if not path:
         return []
@@ -154,7 +144,6 @@ def load_generations(path: str, dataset: list[dict], split: list[int], asked: li
     print(f"{path}: {len(kept)} of {len(rows)} samples have a text and belong to the questions asked")
     return kept or fail(f"{path} holds no sample of the questions asked.")
 
-
 def make_pairs(right: list, wrong: list, max_pairs: int, rng) -> list[list]:
     """[chosen, rejected] for all right x wrong; over max_pairs > 0: that many, in turn over both, shuffled by rng."""
     pairs = [[a, b] for a in right for b in wrong]
@@ -163,7 +152,6 @@ def make_pairs(right: list, wrong: list, max_pairs: int, rng) -> list[list]:
         turn = math.lcm(len(right), len(wrong))
         pairs = [[right[k % len(right)], wrong[(k + k // turn) % len(wrong)]] for k in range(max_pairs)]
     return pairs
-
 
 def make_units(rows: list[dict], strategy: str, max_pairs: int, min_correct: int, seed: int) -> list[list[int]]:
     """What a loss is the mean over, as indices into rows: [right] (sft), [right, wrong] (dpo), [all of a question].
@@ -185,7 +173,6 @@ def make_units(rows: list[dict], strategy: str, max_pairs: int, min_correct: int
             units.append(right + wrong)
     return units
 
-
 def dpo_loss(logps, ref_logps, lengths, beta: float, loss_type: str, label_smoothing: float, rpo_alpha: float):
     """Loss [P] of each pair, and what the log wants of it: {name: [P]}.
 
@@ -206,7 +193,6 @@ def dpo_loss(logps, ref_logps, lengths, beta: float, loss_type: str, label_smoot
         "chosen_reward": chosen, "rejected_reward": rejected, "margin": chosen - rejected, "chosen_nll": nll.detach(),
         "ranking_accuracy": (chosen > rejected).float(), "chosen_logp": logps[:, 0], "rejected_logp": logps[:, 1]}
 
-
 def target_loss(logps, ref_logps, scores, strategy: str, beta: float, score_lambda: float):
     """Cross-entropy of the targets w = softmax(scores / lambda) over one question's K answers; all [K].
 
@@ -216,15 +202,12 @@ def target_loss(logps, ref_logps, scores, strategy: str, beta: float, score_lamb
     targets = (scores / score_lambda).softmax(0)
     return -(targets * (logps if strategy == "weighted" else (beta * (logps - ref_logps)).log_softmax(0))).sum()
 
-
 def lr_multiplier(step: int, warmup: int, total: int, schedule: str) -> float:
     """Share of the peak learning rate in step 0..total-1: up to 1 in `warmup` steps, then down to 0 in the last one."""
     if step + 1 <= warmup:
         return (step + 1) / warmup
     left = max(0, total - step - 1) / max(1, total - warmup)
     return {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant": 1.0}[schedule]
-
-
 # ---- Policy and log-probabilities ------------------------------------------------------------------------------------
 def load_policy(args, device, dtype, lora_r: int):
     """The model args.model_name with weights in `dtype`, and LoRA adapters of rank lora_r, in fp32, unless that is 0.
@@ -233,7 +216,7 @@ def load_policy(args, device, dtype, lora_r: int):
     """
     from transformers import AutoModelForCausalLM
     policy = AutoModelForCausalLM.from_pretrained(
-        args.model_name, dtype=dtype, use_safetensors=True, trust_remote_code=args.trust_remote_code).to(device)
+        args.model_name, dtype=dtype, use_safetensors=True, trust_remote_code=args.trust_remote_code)
     for name in ("final_logit_softcapping", "logits_soft_cap", "logits_scaling", "logit_scale"):
         if getattr(policy.config.get_text_config(), name, None) not in (None, 1):
             fail(f"{args.model_name} sets {name}: its logits change after the head, which is not done here.")
@@ -248,8 +231,14 @@ def load_policy(args, device, dtype, lora_r: int):
         from peft import LoraConfig, get_peft_model
         lora = LoraConfig(r=lora_r, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
         policy = get_peft_model(policy, lora)
-    return policy.train()
-
+    if WORLD_SIZE > 1:  # FSDP2: each rank keeps a share of every weight, and a layer is whole while it is computed
+        from torch.distributed.fsdp import fully_shard
+        model = policy.get_base_model() if lora_r else policy
+        for module in [*(m for m in model.modules() if type(m).__name__ in model._no_split_modules), model]:
+            fully_shard(module, reshard_after_forward=True).set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)  # a sum: the loss is divided by what all ranks hold
+        model.forward = lambda run: run()  # our own forward pass, inside which embedding, norm and head are whole
+    return policy.to(device).train()
 
 def token_logprobs(policy, ids, prompt_lens, completion_lens, temperature: float, head_chunk: int):
     """Log-probability and entropy of every completion token in nats, [B, C] fp32 each, 0 after a completion's end.
@@ -268,15 +257,17 @@ def token_logprobs(policy, ids, prompt_lens, completion_lens, temperature: float
             entropy = -log_p.exp().mul_(log_p).sum(-1)
         return log_p.gather(-1, targets[:, None])[:, 0], entropy
 
-    with torch.autocast("cuda", torch.bfloat16) if ids.device.type == "cuda" else nullcontext():
+    def forward():
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][predicts]  # [n, H]
         chunks = zip(hidden.split(head_chunk), ids[:, 1:][predicts].split(head_chunk), strict=True)
         parts = [checkpoint(head_logps, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+        return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+    with torch.autocast("cuda", torch.bfloat16, ids.device.type == "cuda", cache_enabled=WORLD_SIZE == 1):
+        logps, entropy = model(forward) if WORLD_SIZE > 1 else forward()
     mask = torch.arange(int(completion_lens.max()), device=ids.device) < completion_lens[:, None]  # [B, C]
     zeros = torch.zeros(mask.shape, device=ids.device)
-    logps, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
     return zeros.masked_scatter(mask, logps), zeros.masked_scatter(mask, entropy)
-
 
 @torch.no_grad()
 def score(policy, prompts, completions, temperature: float, pad_id: int, max_tokens: int, head_chunk: int):
@@ -287,36 +278,43 @@ def score(policy, prompts, completions, temperature: float, pad_id: int, max_tok
         batch = pad_batch([prompts[i] for i in rows], [completions[i] for i in rows], pad_id, device)
         part, _ = token_logprobs(policy, *batch, temperature, head_chunk)
         logps[rows, : part.shape[1]] = part.cpu()
+    if WORLD_SIZE > 1:
+        torch.distributed.all_reduce(logps)  # each rank has filled in its own rows
     return logps
-
-
 # ---- vLLM ------------------------------------------------------------------------------------------------------------
 def make_engine(args, device, max_model_len: int):
     """A vLLM engine in this process, with random weights until the first `sync_weights`."""
-    try:
-        from vllm import LLM
-        from vllm.platforms import current_platform
-    except ImportError as error:
-        fail(f"vllm does not import ({error}); install requirements.txt, or without a GPU tests/requirements-cpu.txt.")
-    if device.type == "cpu" and not current_platform.is_cpu():
-        fail("no GPU is visible and this vllm is no CPU build; use a GPU, or install tests/requirements-cpu.txt.")
     options = {"gpu_memory_utilization": args.gpu_memory_utilization, "enable_sleep_mode": args.vllm_sleep}
     if device.type == "cpu":  # a KV cache that does not depend on how much memory happens to be free
         options = {"kv_cache_memory_bytes": 2**30, "enforce_eager": True}
+    if WORLD_SIZE > 1:
+        options["distributed_executor_backend"] = "external_launcher"  # an engine of its own in every process
     dtype = "bfloat16" if device.type == "cuda" else "float32"  # "auto" would read fp32 checkpoints as fp16
     try:
-        return LLM(model=args.model_name, tokenizer=getattr(args, "tokenizer_name", "") or None, load_format="dummy",
-                   dtype=dtype, max_model_len=max_model_len, seed=args.seed, trust_remote_code=args.trust_remote_code,
-                   logprobs_mode="processed_logprobs", **options)
-    except Exception as error:  # memory and configuration errors have no common base class
-        fail(f"vLLM did not start with {args.model_name} ({' '.join(str(error).split())[:300]}).")
-
+        from vllm import LLM
+        llm = LLM(model=args.model_name, tokenizer=getattr(args, "tokenizer_name", "") or None, load_format="dummy",
+                  dtype=dtype, max_model_len=max_model_len, seed=args.seed, trust_remote_code=args.trust_remote_code,
+                  logprobs_mode="processed_logprobs", **options)
+    except Exception as error:  # import, memory and configuration errors have no common base class
+        fail(f"vLLM did not start with {args.model_name} on a {device.type} ({' '.join(str(error).split())[:300]}); it "
+             "takes requirements.txt, without a GPU tests/requirements-cpu.txt.")
+    if WORLD_SIZE > 1:  # each rank answers its share of the prompts, and all get all answers
+        own = llm.generate
+        def generate(prompts, *arguments, **options):
+            draws, state = np.random.randint(2**32, size=WORLD_SIZE), np.random.get_state()  # alike on all ranks
+            for set_seed in (np.random.seed, torch.manual_seed):  # vLLM draws from torch's, on a GPU from numpy's
+                set_seed(int(draws[RANK]))
+            shares = gather(own(prompts[RANK::WORLD_SIZE], *arguments, **options))
+            np.random.set_state(state)
+            return [shares[i % WORLD_SIZE][i // WORLD_SIZE] for i in range(len(prompts))]
+        llm.generate = generate
+    return llm
 
 def rollout(llm, prompts: list[list[int]], n: int, temperature: float, max_new_tokens: int) -> list[dict]:
     """n completions of each prompt: [{"tokens", "logps", "finish_reason"}], the n of a prompt side by side.
 
-    `logps` are vLLM's, of the sampled tokens at that temperature. Sampling is from the full distribution, because the
-    loss differentiates that: no top-p, no top-k. A completion that ended by itself keeps its end token.
+    `logps` are vLLM's, of the sampled tokens at that temperature. No top-p, no top-k: the loss differentiates the full
+    distribution. A completion that ended by itself keeps its end token.
     """
     from vllm import SamplingParams
     sampling = SamplingParams(n=n, temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_new_tokens, logprobs=0,
@@ -326,7 +324,6 @@ def rollout(llm, prompts: list[list[int]], n: int, temperature: float, max_new_t
     return [{"tokens": list(output.token_ids), "finish_reason": output.finish_reason,
              "logps": [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)]}
             for output in outputs]
-
 
 def merged_weights(policy):
     """(name, tensor) of every weight under its Hugging Face name; LoRA layers as W + (alpha / r) B A, formed in fp32.
@@ -341,8 +338,7 @@ def merged_weights(policy):
             if name.endswith(".weight"):
                 weight = weight.float() + layer.get_delta_weight("default")  # (alpha / r) B A
         if ".lora_" not in name:
-            yield name, weight
-
+            yield name, unsharded(weight)
 
 @torch.no_grad()
 def sync_weights(llm, policy, sleep: bool):
@@ -354,99 +350,126 @@ def sync_weights(llm, policy, sleep: bool):
         llm.wake_up(["kv_cache"])
     if not llm.reset_prefix_cache():
         raise RuntimeError("vLLM did not reset its prefix cache; its next completions would mix old and new weights.")
+# ---- Several processes, micro-batches --------------------------------------------------------------------------------
+def gather(value) -> list:
+    """[the value of rank 0, of rank 1, ...] on every rank; [value] in a single process. All ranks must call it."""
+    values = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
 
+def unsharded(tensor):
+    """The tensor, or all of it where FSDP has sharded it; all ranks must call it then."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
-# ---- Micro-batches ---------------------------------------------------------------------------------------------------
 def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Indices in batches of similar length, longest first, rows x longest row <= max_tokens (but at least one row)."""
+    """Indices in batches of similar length, longest first, rows x longest row <= max_tokens (but at least one row).
+
+    With several ranks, that is the limit of each, and returned are this rank's rows of every batch, in the last perhaps
+    none: all run as many.
+    """
     batches = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
+        if not batches or len(batches[-1]) >= WORLD_SIZE * max(1, max_tokens // lengths[batches[-1][0]]):
             batches.append([])
         batches[-1].append(i)
-    return batches
-
+    return [batch[RANK::WORLD_SIZE] for batch in batches]
 
 def pad_batch(prompts, completions, pad_id: int, device=None):
     """Right-padded prompt + completion: ids [B, T], prompt lengths [B], completion lengths [B], on `device`.
 
     Example: prompts [[5, 6], [7]], completions [[8], [9, 1]] -> ids [[5, 6, 8], [7, 9, 1]], [2, 1], [1, 2].
+    No rows become a pad without completion, which adds 0 to every sum and gradient.
     """
+    prompts, completions = (prompts, completions) if prompts else ([[pad_id]], [[]])
     rows = [torch.tensor(list(p) + list(c)) for p, c in zip(prompts, completions, strict=True)]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)
     lens = torch.tensor([list(map(len, prompts)), list(map(len, completions))])
     return ids.to(device), *lens.to(device)
-
-
 # ---- Checkpoint ------------------------------------------------------------------------------------------------------
 def save_checkpoint(folder: Path, policy, optimizer, state: dict, keep_last: int):
     """Write weights, optimizer, random generators and `state` to folder/step_<step>, flushed, whole or not at all."""
     from safetensors.torch import save_file
     final, temporary = folder / f"step_{state['step']:06d}", folder / "unfinished"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    weights = {n: p.detach().cpu().contiguous() for n, p in policy.named_parameters() if p.requires_grad}
-    save_file(weights, temporary / "policy.safetensors")
+    if RANK == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True, exist_ok=True)
+    weights, moments = get_state_dict(policy, optimizer, options=StateDictOptions(ignore_frozen_params=True))
     name, keys, *rest = np.random.get_state()
     generators = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
-                  "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-    training = {"optimizer": optimizer.state_dict(), "generators": generators, "state": state}
-    torch.save(training, temporary / "training.pt")
-    for path in temporary.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    for old in sorted(folder.glob("step_*"))[:-keep_last]:
-        shutil.rmtree(old)
-
+                  "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+    training = {"generators": generators, "state": state}
+    if WORLD_SIZE > 1:  # each rank its shards; any number of ranks can go on from them
+        dcp.save({"policy": weights, "optimizer": moments}, checkpoint_id=temporary / "shards")
+    else:
+        save_file(weights, temporary / "policy.safetensors")
+        training["optimizer"] = moments
+    if RANK == 0:
+        torch.save(training, temporary / "training.pt")
+        for path in temporary.rglob("*.*"):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        for old in sorted(folder.glob("step_*"))[:-keep_last]:
+            shutil.rmtree(old)
+    gather(None)  # no rank goes on, or ends, before
 
 def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
     """Restore the newest undamaged checkpoint under `folder` in place; return its `state`, None if there is none."""
     from safetensors.torch import load_file
     for path in sorted(folder.glob("step_*"), reverse=True):
+        sharded = (path / "shards").exists()
+        options = StateDictOptions(full_state_dict=not sharded, ignore_frozen_params=True, strict=False)
         try:
-            weights = load_file(path / "policy.safetensors")
             training = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
+            if sharded:
+                weights, moments = copy.deepcopy(get_state_dict(policy, optimizer, options=options))
+                dcp.load({"policy": weights, "optimizer": moments}, checkpoint_id=path / "shards")
+            else:
+                weights, moments = load_file(path / "policy.safetensors"), training["optimizer"]
         except Exception as error:  # whatever is wrong with the files, the answer is the same
-            print(f"warning: checkpoint {path} is damaged and passed over: {error}", file=sys.stderr)
-            path.rename(path.with_name(f"damaged_{path.name}_{int(time.time())}"))  # or it would push sound ones out
+            if RANK == 0:
+                print(f"warning: checkpoint {path} is damaged and passed over: {error}", file=sys.stderr)
+                path.rename(path.with_name(f"damaged_{path.name}_{int(time.time())}"))  # or it pushes sound ones out
             continue
-        policy.load_state_dict(weights, strict=False)  # strict: LoRA's frozen weights are not in the file
-        optimizer.load_state_dict(training["optimizer"])
+        set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
         generators = training["generators"]
         for restore, key in (random.setstate, "python"), (np.random.set_state, "numpy"), (torch.set_rng_state, "torch"):
             restore(generators[key])
-        if generators["cuda"]:
-            torch.cuda.set_rng_state_all(generators["cuda"])
+        if generators["cuda"] is not None:
+            torch.cuda.set_rng_state(generators["cuda"])
         return training["state"]
     return None
-
 
 def save_final(folder: Path, policy, tokenizer, dtype):
     """A plain Hugging Face model folder (LoRA merged, its adapter under adapter/), complete as soon as it exists."""
     from huggingface_hub import save_torch_state_dict
+    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    left_out = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    adapter = {n: unsharded(w).detach().cpu() for n, w in policy.state_dict().items() if ".lora_" in n}
+    weights = {n: w.detach().to("cpu", dtype).contiguous() for n, w in merged_weights(policy)
+               if RANK == 0 and n not in left_out}  # all ranks gather, rank 0 keeps and writes
+    if RANK > 0:
+        return
     temporary = folder.with_suffix(".unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    tied = ["lm_head.weight"] if model.config.tie_word_embeddings else []
-    weights = {n: w.detach().to("cpu", dtype).contiguous() for n, w in merged_weights(policy) if n not in tied}
     save_torch_state_dict(weights, temporary)
     model.config.dtype = dtype
     model.config.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     (temporary / "generation_config.json").write_text(model.generation_config.to_json_string())  # as is, not validated
     if policy is not model:
-        policy.save_pretrained(temporary / "adapter")
+        policy.save_pretrained(temporary / "adapter", state_dict=adapter)
     temporary.rename(folder)
-
-
 # ---- The algorithm ---------------------------------------------------------------------------------------------------
 if __name__ == "__main__":
     import tyro
     from tqdm import tqdm
     args = tyro.cli(Args, description=__doc__)
+    if RANK > 0:  # rank 0 prints and writes
+        sys.stdout, args.track = open(os.devnull, "w"), False
     preference, by_tokens = "dpo" in args.strategy, "sft" in args.strategy  # with a reference; mean over tokens
     check_arguments(args, positive=(
         "max_prompt_tokens samples_per_question max_new_tokens temperature questions_per_rollout score_lambda beta "
@@ -457,8 +480,6 @@ if __name__ == "__main__":
         fail("--rpo-alpha, --label-smoothing, --max-pairs and --dpo-loss belong to --strategy dpo; leave them out.")
     if args.label_smoothing >= 0.5 or (args.label_smoothing and args.dpo_loss == "ipo"):
         fail("--label-smoothing must be below 0.5, and 0 with --dpo-loss ipo.")
-
-    # data
     name = args.tokenizer_name or args.model_name
     tokenizer, context = load_tokenizer(name, args.system_prompt, args.trust_remote_code)
     if args.ref_model_name and load_tokenizer(args.ref_model_name, "")[0].get_vocab() != tokenizer.get_vocab():
@@ -484,17 +505,19 @@ if __name__ == "__main__":
         if len(other) == len(dataset) and any(a["answer"] != b["answer"] for a, b in zip(other, dataset, strict=True)):
             fail(f"{name} is not {args.dataset} row by row: its {args.eval_split} questions may be training questions.")
         eval_sets[f"{Path(name).stem}_"] = choose(other, args.eval_split, args.eval_size)
-    texts = [{"question": message(row, meta_prompt=text, hint=args.rationalize > 0)} for rows in (
-        questions, *eval_sets.values()) for row in rows for text in (args.meta_prompt, *args.meta_prompts)]
+    texts = [{"question": message(row, hint=args.rationalize > 0)}
+             for rows in (questions, *eval_sets.values()) for row in rows]
     max_model_len = check_lengths(texts, encode, args.max_new_tokens, context)
     ids = split_ids(len(dataset))
     preloaded = load_generations(args.preload_train, dataset, ids["train"], questions, message, tokenizer)
     val_rows = load_generations(args.preload_val, dataset, ids[args.eval_split], eval_sets[""], message, tokenizer)
-    run_dir = Path(open_run(args, __file__))  # that of an earlier start of the same --run-name is resumed below
-    metrics_path = run_dir / "metrics.jsonl"
-
-    # engine first (it measures free memory and reseeds everything), then seeds, then the policy
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if WORLD_SIZE > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if device.type == "cuda" else -1)  # -1: does nothing
+        torch.distributed.init_process_group()  # gloo for tensors on the CPU, NCCL for those on GPUs
+    run_dir = Path(gather(open_run(args, __file__))[0])  # an earlier start of the same --run-name is resumed below
+    metrics_path = run_dir / "metrics.jsonl"
+    # engine first (it measures free memory and reseeds everything), then seeds, then the policy
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     sleep = args.vllm_sleep and device.type == "cuda"
     llm = make_engine(args, device, max_model_len)
@@ -506,22 +529,27 @@ if __name__ == "__main__":
     if args.tokenizer_name:  # final/ ends its answers with the chat sibling's token
         policy.generation_config.eos_token_id = tokenizer.eos_token_id
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    initial = {n: p.detach().to("cpu", copy=True) for n, p in policy.named_parameters() if p.requires_grad}
+    def shards():  # of every trained weight; in a single process all of it
+        return [p.detach().to_local() if WORLD_SIZE > 1 else p.detach() for p in trainable]
+    def restore(weights):
+        for shard, weight in zip(shards(), weights, strict=True):
+            shard.copy_(weight)
+    initial = [shard.to("cpu", copy=True) for shard in shards()]
     sizes = {"pad_id": pad_id, "max_tokens": args.max_tokens_per_microbatch, "head_chunk": args.head_chunk}
     optimizer = torch.optim.AdamW(trainable, args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
-
     # resume: what was logged or sampled after the checkpoint is cut off and done again
-    start_run(run_dir, args)
+    gather(RANK == 0 and start_run(run_dir, args))
     state = load_checkpoint(run_dir / "checkpoints", policy, optimizer) or {
         "step": 0, "iteration": 0, "position": 0, "logged": 0, "val_refs": None}
-    with open(metrics_path, "ab") as file:
-        file.truncate(state["logged"])
+    if RANK == 0:
+        with open(metrics_path, "ab") as file:
+            file.truncate(state["logged"])
     (run_dir / "samples").mkdir(exist_ok=True)
     newest = {"val": state["step"], "train": state["iteration"] + 1, "hinted": state["iteration"] + 1}
     for path in (run_dir / "samples").glob("*_[0-9]*.jsonl"):
         kind, number = path.stem.split("_")[:2]
         if number.isdigit() and int(number) > newest.get(kind, math.inf):
-            path.unlink()
+            path.unlink(missing_ok=True)
     signals = []
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: signals.append(number))
@@ -529,20 +557,14 @@ if __name__ == "__main__":
         import wandb
         wandb.init(name=run_dir.name, id=run_dir.name, resume="allow", config=asdict(args))
         wandb.define_metric("*", step_metric="step")
-
     def log(record):
-        with open(metrics_path, "a") as file:
+        with open(metrics_path if RANK == 0 else os.devnull, "a") as file:
             file.write(json.dumps(record) + "\n")
         if args.track:
             wandb.log(record)
-
     def prompt_of(row):  # token ids of an answer's prompt, without a hint: what it is scored and trained with
         return encode(message(dataset[row["indices"]]))
-
-    def checksum(rows):  # of numbers only, so it is the same in every process
-        return hash(tuple((*row["token_ids"], row["scores"]) for row in rows))
-
-    def generate(name, asked, n, temperature, meta_prompt=args.meta_prompt, hint=False):
+    def generate(name, asked, n, temperature, hint=False):
         """n graded samples of each question, kept in samples/<name>.jsonl; goes on behind its last whole rollout."""
         path, chunk = run_dir / "samples" / f"{name}.jsonl", args.questions_per_rollout
         lines = path.read_text().split("\n")[:-1] if path.exists() else []  # without one that a kill cut off
@@ -559,7 +581,7 @@ if __name__ == "__main__":
                 set_seed(draw)
             llm.reset_prefix_cache()  # a filled one would change the batches, hence what a resumed run draws
             part = asked[start : start + chunk]
-            prompts = [encode(message(row, meta_prompt=meta_prompt, hint=hint)) for row in part]
+            prompts = [encode(message(row, hint=hint)) for row in part]
             samples = rollout(llm, prompts, n, temperature, args.max_new_tokens)
             for i, sample in enumerate(samples):
                 row, text = part[i // n], decode(sample["tokens"])
@@ -576,16 +598,15 @@ if __name__ == "__main__":
                 if not gaps.mean() <= args.max_logp_diff:  # NaN fails too
                     fail(f"trainer and vLLM differ by {gaps.mean():.3f} nats a token in {name}, over --max-logp-diff.")
                 rows[0] |= {"logp_diff_mean": gaps.mean().item(), "logp_diff_max": gaps.max().item()}
-            with open(path, "a") as file:
+            with open(path if RANK == 0 else os.devnull, "a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows[start * n :])
             print(f"{name}: {len(rows) // n} of {len(asked)} questions", flush=True)
-            if signals:
-                print(f"signal {signals[0]}: these samples are kept; --run-name {run_dir.name} goes on from there.")
-                sys.exit(128 + signals[0])
+            if stop := max(gather(max(signals, default=0))):
+                print(f"signal {stop}: these samples are kept; --run-name {run_dir.name} goes on from there.")
+                sys.exit(128 + stop)
         if sleep:
             llm.sleep(level=2)
         return rows
-
     def reference_logps(rows, units):
         """log p_ref of every answer that stands in `units`, 0 for the others: [len(rows)] fp64. Once an iteration."""
         logps, reference = torch.zeros(len(rows)).double(), policy
@@ -596,7 +617,6 @@ if __name__ == "__main__":
             prompts, answers = [prompt_of(rows[i]) for i in part], [rows[i]["token_ids"] for i in part]
             logps[part] = score(reference, prompts, answers, 1.0, **sizes).double().sum(1)
         return logps
-
     def run_units(rows, units, refs, train):
         """Mean loss over the units, and the other means that are logged; train: with the backward pass."""
         groups = [list(group) for _, group in groupby(units, key=lambda unit: rows[unit[0]]["indices"])]
@@ -613,7 +633,9 @@ if __name__ == "__main__":
                 logps = token_logprobs(policy, *inputs, 1.0, args.head_chunk)[0].double().sum(1)  # [len(used)]
                 ref, lengths, stats = refs[used].to(device), inputs[2], {}
                 places = [[used.index(i) for i in unit] for unit in part]
-                if args.strategy == "dpo":
+                if not part:  # a rank without units keeps step with the others
+                    losses = logps  # 0
+                elif args.strategy == "dpo":
                     losses, stats = dpo_loss(*(x[torch.tensor(places)] for x in (logps, ref, lengths)), args.beta,
                                              args.dpo_loss, args.label_smoothing, args.rpo_alpha)
                 elif by_tokens:
@@ -627,8 +649,8 @@ if __name__ == "__main__":
             sums["loss"] += losses.sum().item() / denominator
             for key, values in stats.items():
                 sums[key] += values.sum().item() / len(units)
-        return sums
-
+        shares = gather(dict(sums))
+        return {key: sum(share.get(key, 0.0) for share in shares) for key in shares[0]}
     def run_evaluation():
         started, record = time.perf_counter(), {"step": step}  # with --evaluation none there is nothing more
         for name, asked in eval_sets.items() if args.evaluation in ("both", "accuracy") else ():
@@ -640,22 +662,12 @@ if __name__ == "__main__":
         shown = [f"{k} {record[k]:.4f}" for k in ("eval/accuracy", "eval/no_answer", "eval/loss") if k in record]
         print(f"after step {step}:", *shown, flush=True)
 
-    for number, meta_prompt in enumerate(args.meta_prompts):  # a study of prompts instead of training
-        figures = choice_figures(generate(f"meta_{number}", questions, 1, args.temperature, meta_prompt))
-        log({"step": 0, "meta_prompt": meta_prompt} | {f"meta/{name}": x for name, x in figures.items()})
-        print(meta_prompt, {k: round(x, 4) for k, x in figures.items() if not k.startswith(("category", "subject"))})
-    if args.meta_prompts:
-        sys.exit(0)
-
     step, val_units = state["step"], []
     if args.evaluation in ("both", "loss"):  # the validation loss is always that of the same samples
         val_rows = val_rows or generate("val_samples", eval_sets[""], args.samples_per_question, args.temperature)
         val_units = make_units(val_rows, args.strategy, args.max_pairs, args.min_correct, args.seed)
         if state["val_refs"] is None:
-            state |= {"val_refs": reference_logps(val_rows, val_units), "val_check": checksum(val_rows)}
-        if state["val_check"] != checksum(val_rows):
-            fail(f"samples/val_samples.jsonl in {run_dir} (or --preload-val) has changed; put it back.")
-
+            state["val_refs"] = reference_logps(val_rows, val_units)
     for iteration in range(state["iteration"], args.num_iterations):
         # sample from the latest model and grade, or (position > 0: a resumed iteration) read what was sampled
         first = state["position"]
@@ -668,8 +680,7 @@ if __name__ == "__main__":
         if args.rationalize:  # with the answer marked; kept if it is right and does not speak of the mark
             solved = {row["indices"] for row in rows if row["scores"] == 1}
             failed = [row for row in questions if row["id"] not in solved]
-            random.Random(args.seed + iteration).shuffle(failed)
-            failed = failed[: round(args.rationalize * len(failed))]
+            failed = random.Random(args.seed + iteration).sample(failed, round(args.rationalize * len(failed)))
             hinted = generate(f"hinted_{iteration + 1}", failed, 1, args.temperature, hint=True) if failed else []
             rows = rows + [row for row in hinted if row["scores"] == 1 and not LEAK.search(row["raw_responses"])]
         units = make_units(rows, args.strategy, args.max_pairs, args.min_correct, args.seed + iteration)
@@ -685,23 +696,17 @@ if __name__ == "__main__":
                 break
             if not units:
                 fail(f"no question has the right or wrong samples {args.strategy} needs; raise --samples-per-question.")
-
             # the reference, then the weights that this iteration starts from
             t2 = time.perf_counter()
-            latest = initial if args.reset_model else {
-                n: p.detach().to("cpu", copy=True) for n, p in policy.named_parameters() if p.requires_grad}
-            policy.load_state_dict(initial if args.reference == "initial" else latest, strict=False)
+            latest = initial if args.reset_model else [shard.to("cpu", copy=True) for shard in shards()]
+            restore(initial if args.reference == "initial" else latest)
             state["refs"] = reference_logps(rows, units)
             if args.reference == "iteration_start":
                 state["val_refs"] = reference_logps(val_rows, val_units)
-            policy.load_state_dict(latest, strict=False)
+            restore(latest)
             log({"step": step, "iteration": iteration + 1, "time/scoring": time.perf_counter() - t2})
             optimizer.state.clear()
-            state["check"] = checksum(rows)
-        elif state["check"] != checksum(rows):
-            fail(f"samples/train_{iteration + 1}.jsonl in {run_dir} (or --preload-train) has changed; put it back.")
-        bar = tqdm(range(first, total), initial=first, total=total, disable=None)
-        for position in bar:
+        for position in (bar := tqdm(range(first, total), initial=first, total=total, file=sys.stdout, disable=None)):
             if position and args.eval_every and step % args.eval_every == 0:
                 run_evaluation()
             t2 = time.perf_counter()
@@ -714,7 +719,7 @@ if __name__ == "__main__":
             lr = args.lr * lr_multiplier(position, args.warmup_steps, total, args.lr_schedule)
             optimizer.param_groups[0]["lr"] = lr
             figures = run_units(rows, batch, state["refs"], train=True)
-            grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm or math.inf))
+            grad_norm = float(unsharded(torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm or math.inf)))
             if not math.isfinite(grad_norm):
                 fail(f"the gradient of step {step + 1} is {grad_norm}; the last checkpoint is sound: lower --lr.")
             optimizer.step()
@@ -728,8 +733,7 @@ if __name__ == "__main__":
                                     or 1024 * getrusage(RUSAGE_SELF).ru_maxrss) / 1e9})
             line = "  ".join(f"{k} {v:.3f}" for k, v in figures.items() if k in ("loss", "margin", "ranking_accuracy"))
             print(f"step {step}  {line}", flush=True) if bar.disable else bar.set_postfix_str(line)
-            # checkpoint
-            stop, last = signals[:1], position + 1 == total
+            stop, last = max(gather(max(signals, default=0))), position + 1 == total
             if last or (args.save_every and step % args.save_every == 0) or stop:
                 state |= {"step": step, "iteration": iteration + last, "position": 0 if last else position + 1,
                           "logged": metrics_path.stat().st_size}
@@ -737,14 +741,10 @@ if __name__ == "__main__":
                 if args.save_models and not (run_dir / "models" / f"step_{step}").exists():
                     save_final(run_dir / "models" / f"step_{step}", policy, tokenizer, dtype)
             if stop:
-                print(f"signal {stop[0]}: saved after step {step}; --run-name {run_dir.name} goes on from there.")
-                sys.exit(128 + stop[0])
+                print(f"signal {stop}: saved after step {step}; --run-name {run_dir.name} goes on from there.")
+                sys.exit(128 + stop)
         state["position"] = 0
-
     run_evaluation()
     if args.num_iterations * args.internal_epochs:
         save_final(run_dir / "final", policy, tokenizer, dtype)
         print(f"model: {run_dir / 'final'}   metrics: {metrics_path}   samples: {run_dir / 'samples'}")
-    records = [r for r in map(json.loads, metrics_path.read_text().splitlines()) if "time/eval" in r]
-    for key in [key for key in (records or [{}])[-1] if key.startswith("eval/") and "subject_" not in key]:
-        print(f"{key:<32}{records[0].get(key, math.nan):>10.3f}{records[-1][key]:>10.3f}")

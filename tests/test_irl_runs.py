@@ -194,11 +194,12 @@ def test_a_calculator_mends_wrong_sums(tmp_path):
 def test_compare(tmp_path):
     """MLE and IRL on 500 demonstrations: both learn, IRL stays more diverse; an arm that cannot start is named."""
     arguments = [
-        *("--output-dir", tmp_path, "--lora-r", 0, "--compare", "--skip-first-eval", "--max-train-rows", 500),
-        *("--num-train-epochs", 5, "--batch-size", 16, "--eval-size", 80, "--compare-seeds", 3, "--compare-arms"),
+        *("--output-dir", tmp_path, "--lora-r", 0, "--skip-first-eval", "--max-train-rows", 500),
+        *("--num-train-epochs", 5, "--batch-size", 16, "--eval-size", 80, "--seeds", 3, "--arms"),
     ]
+    command = [IRL_RUN[0], str(ROOT / "benchmark" / "irl_compare.py"), *IRL_RUN[2:]]
     arms, folder = ["lambda-td=0,no-vllm-sleep", "lambda-td=0.2"], tmp_path / "run"
-    process = training(*arguments, *arms, command=IRL_RUN)
+    process = training(*arguments, *arms, command=command)
     output = process.communicate()[0]
     assert process.returncode == 0, output
     table = (folder / "compare.txt").read_text().splitlines()
@@ -212,7 +213,7 @@ def test_compare(tmp_path):
     assert min(mle["eval/pass@1"], irl["eval/pass@1"]) > 0.42  # the start: .37
     assert irl["eval/sample_entropy"] > 1.1 * mle["eval/sample_entropy"]
     assert irl["eval/self_bleu"] < mle["eval/self_bleu"] - 0.01
-    process = training(*arguments, arms[0], "lambda-td=x", command=IRL_RUN)
+    process = training(*arguments, arms[0], "lambda-td=x", command=command)
     output = process.communicate()[0]
     assert process.returncode == 2 and "is complete, its model is in" in output
     assert "error: lambda-td=x, seed 3 ended with exit code 2" in output

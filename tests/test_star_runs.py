@@ -184,12 +184,15 @@ def test_saved_samples_are_as_good_as_new_ones(mode, command, reference, tmp_pat
 def test_prompt_study_and_evaluation_only(mode, tmp_path):
     if mode != "dpo":
         pytest.skip("needs no mode")
-    process = training("--meta-prompts", "Think.", "", "--output-dir", tmp_path / "study", command=STAR_RUN)
+    study = ["--meta-prompt", "Think.", "--internal-epochs", 0, "--num-iterations", 1, "--evaluation", "none"]
+    process = training(*study, "--samples-per-question", 1, "--output-dir", tmp_path / "study", command=STAR_RUN)
     output = process.communicate()[0]
     assert process.returncode == 0, output
     rows = records(tmp_path / "study" / "run")
-    assert [row["meta_prompt"] for row in rows] == ["Think.", ""] and "Think. {'accuracy'" in output
-    WRITTEN["study"] = set(rows[0])
+    assert 0 <= rows[1]["rollout/accuracy"] <= 1 and not any("losses/loss" in row for row in rows)
+    sampled = (tmp_path / "study" / "run" / "samples" / "train_1.jsonl").read_text().splitlines()
+    assert len(sampled) == 16 and "Think." in sampled[0]
+    WRITTEN["study"] = set(rows[1])
     process = training(
         "--num-iterations",
         0,
@@ -223,7 +226,7 @@ def test_every_logged_key_stands_in_the_readme():
         key = re.sub(r"^eval/second_", "eval/{dataset}_", key)
         key = re.sub(r"(category|subject)_\w+", r"\1_{name}", key)
         written.add(key)
-    for prefix in ("meta/", "eval/{dataset}_", "rollout/"):  # these repeat figures of eval/
+    for prefix in ("eval/{dataset}_", "rollout/"):  # these repeat figures of eval/
         written -= {key for key in written if "eval/" + key.removeprefix(prefix) in written and key.startswith(prefix)}
     assert written == documented
 
