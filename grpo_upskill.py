@@ -25,8 +25,8 @@ from resource import RUSAGE_SELF, getrusage
 from typing import Literal
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engine and trainer live in this one process
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make a shared CPU ten times slower
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+# CPU threads that wait spin for some microseconds, then sleep: spinning on makes a shared CPU ten times slower
+os.environ.update({"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000", "VLLM_LOGGING_LEVEL": "ERROR"} | os.environ)
 
 import numpy as np
 import torch
@@ -97,7 +97,7 @@ class Args:
     max_tokens_per_microbatch: int = 16384  # padded tokens in one forward-backward; halve it when out of memory
     head_chunk: int = 1024  # tokens for which logits [head_chunk, vocabulary] exist at a time
     gradient_checkpointing: bool = True  # recompute activations in the backward pass (GPU only)
-    gpu_memory_utilization: float = 0.4  # vLLM's share of the GPU, weights and cache (without a GPU: a cache of 1 GiB)
+    gpu_memory_utilization: float = 0.4  # vLLM's share of the GPU, weights and cache (without a GPU: 256 MiB of cache)
     vllm_sleep: bool = True  # give vLLM's memory back while training (GPU only)
     max_logp_diff: float = 0.1  # stop if trainer and vLLM differ by more on average, in nats per sampled token
     # evaluation and checkpoint
@@ -239,7 +239,7 @@ def make_engine(args, device, max_model_len: int):
     """A vLLM engine in this process, with random weights until the first `sync_weights`."""
     options = {"gpu_memory_utilization": args.gpu_memory_utilization, "enable_sleep_mode": args.vllm_sleep}
     if device.type == "cpu":  # a KV cache that does not depend on how much memory happens to be free
-        options = {"kv_cache_memory_bytes": 2**30, "enforce_eager": True}
+        options = {"kv_cache_memory_bytes": 2**28, "enforce_eager": True}
     if WORLD_SIZE > 1:
         options["distributed_executor_backend"] = "external_launcher"  # an engine of its own in every process
     dtype = "bfloat16" if device.type == "cuda" else "float32"  # "auto" would read fp32 checkpoints as fp16
@@ -618,8 +618,8 @@ if __name__ == "__main__":
                 grad_norms.append(grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-        shares = gather([{key: float(value) for key, value in sums.items()}, diff_max])
-        sums, diff_max = {k: sum(x[k] for x, _ in shares) for k in sums}, max(x for _, x in shares)
+        shares, diff_max = gather({key: float(value) for key, value in sums.items()}), max(gather(diff_max))
+        sums.update({key: sum(share[key] for share in shares) for key in sums})
         t6 = time.perf_counter()
 
         # log
