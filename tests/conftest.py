@@ -78,6 +78,7 @@ def stop_message(capsys, monkeypatch, tmp_path, *arguments, command=SMALL_RUN):
 def pytest_collection_modifyitems(items):
     """The longest files first, so that two workers finish together."""
     slow = (
+        "test_ranks",
         "test_resume",
         "test_star_runs",
         "test_irl_runs",

@@ -1,0 +1,173 @@
+"""Two processes, an engine in each, FSDP2 over gloo: the same samples give the same gradients and weights as one."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import IRL_RUN, MEMORY_RUN, PERPLEXITY_RUN, ROOT, SMALL_RUN, STAR_RUN, TOY, TOY_MC
+from safetensors.torch import load_file
+
+import grpo_upskill
+from grpo_upskill import load_policy, micro_batches, pad_batch, token_logprobs
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+QUICK = ["--eval-size", "1", "--eval-every", "0"]
+ARMS = {
+    "upskill": (
+        [*SMALL_RUN, *QUICK, "--lora-r", "0", "--num-steps", "3", "--save-every", "1", "--max-z", "4"],
+        ["--kl-coef", "0.1", "--num-minibatches", "2", "--loss-type", "grpo", "--advantage-scale", "batch"],
+    ),
+    "perplexity": ([*PERPLEXITY_RUN, *QUICK], ["--questions-per-step", "1"]),  # micro-batches with a rank without rows
+    "memory": ([*MEMORY_RUN, *QUICK], ["--lora-r", "4", "--num-steps", "2", "--intrinsic-control", "shuffled"]),
+    "star": (STAR_RUN, ["--lora-r", "0", "--num-iterations", "1", "--evaluation", "loss", "--rpo-alpha", "1"]),
+    "irl": (
+        [*IRL_RUN, "--eval-size", "1", "--skip-first-eval", "--lora-r", "0"],
+        ["--num-train-epochs", "1", "--online-alpha", "0.3", "--lambda-kl", "0.1", "--calculator"],
+    ),
+}
+
+
+def run(launch, command, folder, samples, *extra):
+    """One run of a script through replay.py; what it printed."""
+    replay = [str(ROOT / "tests" / "replay.py"), str(samples)]
+    words = [*launch, *replay, *command[1:], "--output-dir", str(folder), *extra]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_training(one, two, start):
+    a, b, start = (load_file(folder / "model.safetensors") for folder in (one / "run/final", two / "run/final", start))
+    moved = sum((a[name] - start[name]).square().sum() for name in start) ** 0.5
+    apart = sum((a[name] - b[name]).square().sum() for name in start) ** 0.5
+    assert moved > 0.01 and apart < 1e-3 * moved, (float(moved), float(apart))
+    pairs = list(zip(records(one), records(two), strict=True))
+    keys = {key for record, _ in pairs for key in record if key.startswith(("losses/", "charts/", "irl/", "dpo/"))}
+    keys -= {
+        "charts/samples_per_second",
+        "charts/tokens_per_second",
+        "dpo/ranking_accuracy",
+    }  # accuracy: of ties, noise
+    assert "losses/grad_norm" in keys
+    for mine, other in pairs:
+        for key in keys & set(mine):
+            assert mine[key] == pytest.approx(other[key], rel=1e-3, abs=2e-5), (mine["step"], key)
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_two_ranks_train_as_one_process(name, tmp_path):
+    command, extra = ARMS[name]
+    samples = tmp_path / "samples.pkl"
+    output = run(LAUNCH, command, tmp_path / "two", samples, *extra)
+    lines = [line for line in output.splitlines() if line.startswith(("step ", "model: ", "written: "))]
+    assert len(lines) == len(set(lines)) > 1  # one rank prints
+    samples.with_suffix(".new").rename(samples)
+    run([sys.executable], command, tmp_path / "one", samples, *extra)
+    assert_same_training(tmp_path / "one", tmp_path / "two", (TOY_MC if name == "star" else TOY) / "model")
+    if name == "memory":
+        for folder in ("one", "two"):
+            adapter = load_file(tmp_path / folder / "run/final/adapter/adapter_model.safetensors")
+            assert adapter and all(weight.shape.count(4) == 1 for weight in adapter.values())  # whole, not a shard
+    if name == "upskill":
+        resume_with_another_number(command, extra, tmp_path, samples)
+
+
+def resume_with_another_number(command, extra, folder, samples):
+    """Two steps of one run, the third in another number of processes; then again in as many: then bit for bit."""
+    import pickle
+
+    rollouts = pickle.loads(samples.read_bytes())
+    last = folder / "last.pkl"
+    last.write_bytes(pickle.dumps(rollouts[2:]))
+    reference = load_file(folder / "two/run/final/model.safetensors")
+    for before, launch in (("two", [sys.executable]), ("one", LAUNCH), ("two", LAUNCH)):
+        again = folder / f"{before}_{len(launch)}"
+        shutil.copytree(folder / before, again)
+        shutil.rmtree(again / "run" / "final")
+        shutil.rmtree(again / "run" / "checkpoints" / "step_000003")
+        sharded = (again / "run/checkpoints/step_000002/shards").exists()
+        assert sharded == (before == "two")
+        if (before, launch) == ("two", LAUNCH):  # the engines draw anew, and the same
+            last = folder / "nothing.pkl"
+            damaged = again / "run/checkpoints/step_000003/shards"
+            shutil.copytree(again / "run/checkpoints/step_000002", damaged.parent)
+            torn = next(damaged.glob("__1*"))
+            torn.write_bytes(torn.read_bytes()[:1000])
+        run(launch, command, again, last, *extra)
+        if (before, launch) == ("two", LAUNCH):
+            found = load_file(again / "run/final/model.safetensors")
+            assert all(torch.equal(found[name], reference[name]) for name in reference)
+            assert len(list((again / "run/checkpoints").glob("damaged_step_000003*"))) == 1
+        else:
+            assert_same_training(folder / "one", again, TOY / "model")
+
+
+def test_a_signal_to_every_rank(tmp_path):
+    """As srun sends it, at different moments: all save the same step, end with 128 + 10, and go on from there."""
+    command = [*SMALL_RUN, *QUICK, "--output-dir", str(tmp_path), "--lora-r", "0", "--num-steps", "400"]
+    base = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    base |= {"MASTER_PORT": str(20000 + os.getpid() % 20000)}
+    log = tmp_path / "run" / "metrics.jsonl"
+
+    def start(steps):
+        environments = [base | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+        words = [*command, "--num-steps", str(steps)] if steps else command
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return [subprocess.Popen(words, env=environment, cwd=ROOT, **pipes) for environment in environments]
+
+    processes = start(0)
+    while not log.exists() or len(log.read_text().splitlines()) < 3:
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.2)
+    processes[1].send_signal(signal.SIGUSR1)
+    time.sleep(0.1)
+    processes[0].send_signal(signal.SIGUSR1)
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [128 + signal.SIGUSR1] * 2, outputs
+    saved = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    assert (saved / "shards" / ".metadata").exists()
+    done = int(saved.name.removeprefix("step_"))
+    assert records(tmp_path)[-1]["step"] == done and f"saved after step {done}" in outputs[0]
+    assert "saved after" not in outputs[1]
+
+
+def test_rows_of_all_ranks(monkeypatch):
+    """Every row on one rank, as many batches on each, none over its limit; one rank as before."""
+    generator = torch.Generator().manual_seed(1)
+    for world in (1, 2, 3, 8):
+        for rows in (1, 2, 5, 64):
+            lengths = torch.randint(1, 60, (rows,), generator=generator).tolist()
+            monkeypatch.setattr(grpo_upskill, "WORLD_SIZE", world)
+            shares = []
+            for rank in range(world):
+                monkeypatch.setattr(grpo_upskill, "RANK", rank)
+                shares.append(micro_batches(lengths, 100))
+            assert len({len(share) for share in shares}) == 1
+            assert sorted(i for share in shares for batch in share for i in batch) == list(range(rows))
+            assert all(len(batch) * max([lengths[i] for i in batch], default=0) <= 100 for s in shares for batch in s)
+            assert all(batch for share in shares for batch in share[:-1])  # only the last may be empty
+            if world == 1:  # filled up: one more row would be too many
+                for batch, following in zip(shares[0], shares[0][1:]):
+                    assert (len(batch) + 1) * lengths[batch[0]] > 100 and lengths[following[0]] <= lengths[batch[-1]]
+
+
+def test_a_batch_without_rows_changes_nothing():
+    args = grpo_upskill.Args(model_name=str(TOY / "model"))
+    policy = load_policy(args, torch.device("cpu"), torch.float32, 0)
+    inputs = pad_batch([], [], 0, torch.device("cpu"))
+    logps, entropy = token_logprobs(policy, *inputs, 1.0, 64)
+    assert logps.shape == entropy.shape == (1, 0)
+    logps.sum().backward()  # the backward pass runs, as other ranks wait for its gathers
+    gradients = [parameter.grad for parameter in policy.parameters()]
+    assert all(gradient is None or not gradient.any() for gradient in gradients)
+    assert sum(gradient is not None for gradient in gradients) > 30
