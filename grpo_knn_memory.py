@@ -367,7 +367,7 @@ def rollout(llm, prompts: list[list[int]], n: int, temperature: float, max_new_t
             for output in outputs]
 
 def merged_weights(policy):
-    """(name, tensor) of every weight under its Hugging Face name; LoRA layers as W + (alpha / r) B A, formed in fp32.
+    """(name, tensor) of every weight, whole, under its Hugging Face name; LoRA as W + (alpha / r) B A, formed in fp32.
 
     One layer at a time into a temporary, never in place, which would drift in bf16. The engine rounds to its own dtype:
     in bf16, entries of B A below half a step of W vanish there.
@@ -432,10 +432,11 @@ def save_checkpoint(folder: Path, policy, optimizer, state: dict, keep_last: int
     """Write weights, optimizer, random generators and `state` to folder/step_<step>, flushed, whole or not at all."""
     from safetensors.torch import save_file
     final, temporary = folder / f"step_{state['step']:06d}", folder / "unfinished"
-    if RANK == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True, exist_ok=True)
+    gather(RANK == 0 and shutil.rmtree(temporary, ignore_errors=True))  # before any rank writes
+    temporary.mkdir(parents=True, exist_ok=True)
+    before = copy.copy(optimizer.state)
     weights, moments = get_state_dict(policy, optimizer, options=StateDictOptions(ignore_frozen_params=True))
+    optimizer.state = before  # an empty one was filled, as if it had made a step
     name, keys, *rest = np.random.get_state()
     generators = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
                   "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
@@ -443,7 +444,8 @@ def save_checkpoint(folder: Path, policy, optimizer, state: dict, keep_last: int
     if WORLD_SIZE > 1:  # each rank its shards; any number of ranks can go on from them
         dcp.save({"policy": weights, "optimizer": moments}, checkpoint_id=temporary / "shards")
     else:
-        save_file(weights, temporary / "policy.safetensors")
+        names = [name for name, _ in policy.named_parameters() if name in weights]  # a tied head is there once
+        save_file({name: weights[name] for name in names}, temporary / "policy.safetensors")
         training["optimizer"] = moments
     if RANK == 0:
         torch.save(training, temporary / "training.pt")
@@ -459,7 +461,7 @@ def save_checkpoint(folder: Path, policy, optimizer, state: dict, keep_last: int
 def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
     """Restore the newest undamaged checkpoint under `folder` in place; return its `state`, None if there is none."""
     from safetensors.torch import load_file
-    for path in sorted(folder.glob("step_*"), reverse=True):
+    for path in gather(sorted(folder.glob("step_*"), reverse=True))[0]:
         sharded = (path / "shards").exists()
         options = StateDictOptions(full_state_dict=not sharded, ignore_frozen_params=True, strict=False)
         try:
@@ -469,7 +471,7 @@ def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
                 dcp.load({"policy": weights, "optimizer": moments}, checkpoint_id=path / "shards")
             else:
                 weights, moments = load_file(path / "policy.safetensors"), training["optimizer"]
-        except Exception as error:  # whatever is wrong with the files, the answer is the same
+        except (Exception, dcp.CheckpointException) as error:  # whatever is wrong with the files: the same answer
             if RANK == 0:
                 print(f"warning: checkpoint {path} is damaged and passed over: {error}", file=sys.stderr)
                 path.rename(path.with_name(f"damaged_{path.name}_{int(time.time())}"))  # or it pushes sound ones out
@@ -481,7 +483,7 @@ def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
         if generators["cuda"] is not None:
             torch.cuda.set_rng_state(generators["cuda"])
         return training["state"]
-    return None
+    return optimizer.state.clear()  # None; get_state_dict may have filled it
 
 def save_final(folder: Path, policy, tokenizer, dtype):
     """A plain Hugging Face model folder (LoRA merged, its adapter under adapter/), complete as soon as it exists."""
@@ -551,7 +553,6 @@ if __name__ == "__main__":
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     sizes = {"pad_id": pad_id, "max_tokens": args.max_tokens_per_microbatch, "head_chunk": args.head_chunk}
     optimizer = torch.optim.AdamW(trainable, args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True)
-
     # resume: what was logged after the checkpoint is cut off and done again
     gather(RANK == 0 and start_run(run_dir, args))
     state = load_checkpoint(run_dir / "checkpoints", policy, optimizer) or {"step": 0, "logged": (0, 0)}
@@ -568,7 +569,6 @@ if __name__ == "__main__":
         import wandb
         wandb.init(name=run_dir.name, id=run_dir.name, resume="allow", config=asdict(args))
         wandb.define_metric("*", step_metric="step")
-
     def log(record):
         with open(metrics_path if RANK == 0 else os.devnull, "a") as file:
             file.write(json.dumps(record) + "\n")
@@ -590,7 +590,6 @@ if __name__ == "__main__":
         t1 = time.perf_counter()
         if step == 0 or (args.eval_every and step % args.eval_every == 0):
             run_evaluation(step)
-
         # rollout: group_size completions of each question
         t2 = time.perf_counter()
         epoch, position = divmod(step, len(problems) // args.questions_per_step)
@@ -608,7 +607,6 @@ if __name__ == "__main__":
         vllm_logps = pad_sequence([torch.tensor(sample["logps"]) for sample in samples], batch_first=True)  # [B, C]
         truncated = torch.tensor([sample["finish_reason"] == "length" for sample in samples])  # [B]
         t3 = time.perf_counter()
-
         # reward: answer and format, then what the memories say of the answers
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         answers = [extract_answer(text, args.answer_mode) for text in texts]
@@ -644,7 +642,7 @@ if __name__ == "__main__":
             rewards = rewards[np.random.default_rng([args.seed, step, 2]).permutation(len(rewards))]
         t5 = time.perf_counter()
         # advantages, within a question
-        groups = rewards.view(-1, args.group_size)
+        groups = gather(rewards)[0].view(-1, args.group_size)
         advantages = group_advantages(groups, args.advantage_scale).flatten()  # [B]
         varied = (groups.amax(1) > groups.amin(1)).repeat_interleave(args.group_size)  # [B]
         kept = np.flatnonzero(varied) if args.drop_zero_variance else np.arange(len(batch))
@@ -682,9 +680,10 @@ if __name__ == "__main__":
                 part_sums |= {"logp_diff_mean": diff.sum(), "is_weight": (is_weights * part_mask).sum()}
                 for key, value in part_sums.items():
                     sums[key] += value
-            if not sums["logp_diff_mean"] <= args.max_logp_diff * sums["tokens"]:  # NaN fails too
-                fail(f"trainer and vLLM differ by {sums['diff'] / sums['tokens']:.3f} nats a token in step {step + 1}, "
-                     "over --max-logp-diff: stale weights, another temperature or prompt, or changed logits?")
+            gap, count = np.sum(gather([float(sums.get("logp_diff_mean", 0)), float(sums.get("tokens", 0))]), axis=0)
+            if not gap <= args.max_logp_diff * count:  # NaN fails too
+                fail(f"trainer and vLLM differ by {gap / count:.3f} nats a token in step {step + 1}, over "
+                     "--max-logp-diff: stale weights, another temperature or prompt, or changed logits?")
             if used:
                 grad_norm = float(unsharded(torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm or math.inf)))
                 if not math.isfinite(grad_norm):
@@ -708,8 +707,9 @@ if __name__ == "__main__":
             "losses/grad_norm": sum(grad_norms) / max(1, len(grad_norms)),
             **{f"losses/{k}": mean[k] for k in ("entropy", "kl", "approx_kl", "clip_low", "clip_high") if k in mean},
             **{f"rollout/{k}": mean[k] for k in ("logp_diff_mean", "is_weight") if k in mean},
-            "rollout/logp_diff_max": diff_max, "time/sync": t1 - t0, "time/rollout": t3 - t2, "time/grading": t4 - t3,
-            "time/scoring": t5 - t4, "time/forward_backward": t6 - t5, "time/total": seconds,
+            **({"rollout/logp_diff_max": diff_max} if grad_norms else {}),
+            "time/sync": t1 - t0, "time/rollout": t3 - t2, "time/grading": t4 - t3, "time/scoring": t5 - t4,
+            "time/forward_backward": t6 - t5, "time/total": seconds,
             "memory/peak_gb": (torch.cuda.max_memory_allocated() or 1024 * getrusage(RUSAGE_SELF).ru_maxrss) / 1e9,
         }
         record |= {f"terms/{name}": term.mean().item() for name, term in terms.items()}
@@ -742,7 +742,7 @@ if __name__ == "__main__":
     sync_weights(llm, policy, sleep)
     run_evaluation(args.num_steps)
     save_final(run_dir / "final", policy, tokenizer, dtype)
-    records = map(json.loads, metrics_path.read_text().splitlines())
+    records = map(json.loads, metrics_path.read_text().splitlines()) if RANK == 0 else sys.exit()
     before, *_, after = [record for record in records if "eval/pass@1" in record]
     print(f"\n{'':<28}{'before':>10}{'after':>10}")
     for key in [key for key in after if key.startswith("eval/")]:

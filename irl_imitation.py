@@ -322,7 +322,7 @@ def rollout(llm, prompts: list[list[int]], n: int, temperature: float, max_new_t
             for output in outputs]
 
 def merged_weights(policy):
-    """(name, tensor) of every weight under its Hugging Face name; LoRA layers as W + (alpha / r) B A, formed in fp32.
+    """(name, tensor) of every weight, whole, under its Hugging Face name; LoRA as W + (alpha / r) B A, formed in fp32.
 
     One layer at a time into a temporary, never in place, which would drift in bf16. The engine rounds to its own dtype:
     in bf16, entries of B A below half a step of W vanish there.
@@ -418,10 +418,11 @@ def save_checkpoint(folder: Path, policy, optimizer, state: dict, keep_last: int
     """Write weights, optimizer, random generators and `state` to folder/step_<step>, flushed, whole or not at all."""
     from safetensors.torch import save_file
     final, temporary = folder / f"step_{state['step']:06d}", folder / "unfinished"
-    if RANK == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True, exist_ok=True)
+    gather(RANK == 0 and shutil.rmtree(temporary, ignore_errors=True))  # before any rank writes
+    temporary.mkdir(parents=True, exist_ok=True)
+    before = copy.copy(optimizer.state)
     weights, moments = get_state_dict(policy, optimizer, options=StateDictOptions(ignore_frozen_params=True))
+    optimizer.state = before  # an empty one was filled, as if it had made a step
     name, keys, *rest = np.random.get_state()
     generators = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
                   "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
@@ -429,7 +430,8 @@ def save_checkpoint(folder: Path, policy, optimizer, state: dict, keep_last: int
     if WORLD_SIZE > 1:  # each rank its shards; any number of ranks can go on from them
         dcp.save({"policy": weights, "optimizer": moments}, checkpoint_id=temporary / "shards")
     else:
-        save_file(weights, temporary / "policy.safetensors")
+        names = [name for name, _ in policy.named_parameters() if name in weights]  # a tied head is there once
+        save_file({name: weights[name] for name in names}, temporary / "policy.safetensors")
         training["optimizer"] = moments
     if RANK == 0:
         torch.save(training, temporary / "training.pt")
@@ -445,7 +447,7 @@ def save_checkpoint(folder: Path, policy, optimizer, state: dict, keep_last: int
 def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
     """Restore the newest undamaged checkpoint under `folder` in place; return its `state`, None if there is none."""
     from safetensors.torch import load_file
-    for path in sorted(folder.glob("step_*"), reverse=True):
+    for path in gather(sorted(folder.glob("step_*"), reverse=True))[0]:
         sharded = (path / "shards").exists()
         options = StateDictOptions(full_state_dict=not sharded, ignore_frozen_params=True, strict=False)
         try:
@@ -455,7 +457,7 @@ def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
                 dcp.load({"policy": weights, "optimizer": moments}, checkpoint_id=path / "shards")
             else:
                 weights, moments = load_file(path / "policy.safetensors"), training["optimizer"]
-        except Exception as error:  # whatever is wrong with the files, the answer is the same
+        except (Exception, dcp.CheckpointException) as error:  # whatever is wrong with the files: the same answer
             if RANK == 0:
                 print(f"warning: checkpoint {path} is damaged and passed over: {error}", file=sys.stderr)
                 path.rename(path.with_name(f"damaged_{path.name}_{int(time.time())}"))  # or it pushes sound ones out
@@ -467,7 +469,7 @@ def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
         if generators["cuda"] is not None:
             torch.cuda.set_rng_state(generators["cuda"])
         return training["state"]
-    return None
+    return optimizer.state.clear()  # None; get_state_dict may have filled it
 
 def save_final(folder: Path, policy, tokenizer, dtype):
     """A plain Hugging Face model folder (LoRA merged, its adapter under adapter/), complete as soon as it exists."""
@@ -725,6 +727,8 @@ if __name__ == "__main__":
     if total:
         save_final(run_dir / "final", policy, tokenizer, dtype)
     print(f"written: {run_dir}/ with metrics.jsonl, rewards.jsonl, rewards.png and, if trained, the model in final/")
+    if RANK > 0:
+        sys.exit()
     records = [r for r in map(json.loads, metrics_path.read_text().splitlines()) if "time/eval" in r]
     for key in [key for key in records[-1] if key.startswith(("eval/", "reward/"))]:
         print(f"{key:<32}", *(f"{r.get(key, math.nan):>10.4f}" for r in (records[0], records[-1])[-len(records) :]))

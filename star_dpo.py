@@ -326,7 +326,7 @@ def rollout(llm, prompts: list[list[int]], n: int, temperature: float, max_new_t
             for output in outputs]
 
 def merged_weights(policy):
-    """(name, tensor) of every weight under its Hugging Face name; LoRA layers as W + (alpha / r) B A, formed in fp32.
+    """(name, tensor) of every weight, whole, under its Hugging Face name; LoRA as W + (alpha / r) B A, formed in fp32.
 
     One layer at a time into a temporary, never in place, which would drift in bf16. The engine rounds to its own dtype:
     in bf16, entries of B A below half a step of W vanish there.
@@ -391,10 +391,11 @@ def save_checkpoint(folder: Path, policy, optimizer, state: dict, keep_last: int
     """Write weights, optimizer, random generators and `state` to folder/step_<step>, flushed, whole or not at all."""
     from safetensors.torch import save_file
     final, temporary = folder / f"step_{state['step']:06d}", folder / "unfinished"
-    if RANK == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True, exist_ok=True)
+    gather(RANK == 0 and shutil.rmtree(temporary, ignore_errors=True))  # before any rank writes
+    temporary.mkdir(parents=True, exist_ok=True)
+    before = copy.copy(optimizer.state)
     weights, moments = get_state_dict(policy, optimizer, options=StateDictOptions(ignore_frozen_params=True))
+    optimizer.state = before  # an empty one was filled, as if it had made a step
     name, keys, *rest = np.random.get_state()
     generators = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
                   "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
@@ -402,7 +403,8 @@ def save_checkpoint(folder: Path, policy, optimizer, state: dict, keep_last: int
     if WORLD_SIZE > 1:  # each rank its shards; any number of ranks can go on from them
         dcp.save({"policy": weights, "optimizer": moments}, checkpoint_id=temporary / "shards")
     else:
-        save_file(weights, temporary / "policy.safetensors")
+        names = [name for name, _ in policy.named_parameters() if name in weights]  # a tied head is there once
+        save_file({name: weights[name] for name in names}, temporary / "policy.safetensors")
         training["optimizer"] = moments
     if RANK == 0:
         torch.save(training, temporary / "training.pt")
@@ -418,7 +420,7 @@ def save_checkpoint(folder: Path, policy, optimizer, state: dict, keep_last: int
 def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
     """Restore the newest undamaged checkpoint under `folder` in place; return its `state`, None if there is none."""
     from safetensors.torch import load_file
-    for path in sorted(folder.glob("step_*"), reverse=True):
+    for path in gather(sorted(folder.glob("step_*"), reverse=True))[0]:
         sharded = (path / "shards").exists()
         options = StateDictOptions(full_state_dict=not sharded, ignore_frozen_params=True, strict=False)
         try:
@@ -428,7 +430,7 @@ def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
                 dcp.load({"policy": weights, "optimizer": moments}, checkpoint_id=path / "shards")
             else:
                 weights, moments = load_file(path / "policy.safetensors"), training["optimizer"]
-        except Exception as error:  # whatever is wrong with the files, the answer is the same
+        except (Exception, dcp.CheckpointException) as error:  # whatever is wrong with the files: the same answer
             if RANK == 0:
                 print(f"warning: checkpoint {path} is damaged and passed over: {error}", file=sys.stderr)
                 path.rename(path.with_name(f"damaged_{path.name}_{int(time.time())}"))  # or it pushes sound ones out
@@ -440,7 +442,7 @@ def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
         if generators["cuda"] is not None:
             torch.cuda.set_rng_state(generators["cuda"])
         return training["state"]
-    return None
+    return optimizer.state.clear()  # None; get_state_dict may have filled it
 
 def save_final(folder: Path, policy, tokenizer, dtype):
     """A plain Hugging Face model folder (LoRA merged, its adapter under adapter/), complete as soon as it exists."""
@@ -491,7 +493,6 @@ if __name__ == "__main__":
     @functools.cache
     def encode(text):
         return encode_prompt(tokenizer, text, args.system_prompt)
-
     def choose(dataset, split, most):
         rows = [dataset[i] for i in split_ids(len(dataset))[split]][: most or None]
         fitting = [row for row in rows if len(encode(message(row))) <= args.max_prompt_tokens]
@@ -567,7 +568,7 @@ if __name__ == "__main__":
     def generate(name, asked, n, temperature, hint=False):
         """n graded samples of each question, kept in samples/<name>.jsonl; goes on behind its last whole rollout."""
         path, chunk = run_dir / "samples" / f"{name}.jsonl", args.questions_per_rollout
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # without one that a kill cut off
+        lines = gather(path.read_text().split("\n")[:-1] if path.exists() else [])[0]  # without one that a kill cut off
         lines = lines[: len(lines) if len(lines) == len(asked) * n else len(lines) // (chunk * n) * chunk * n]
         rows = list(map(json.loads, lines))
         if len(rows) == len(asked) * n:
@@ -661,7 +662,6 @@ if __name__ == "__main__":
         log(record | {"time/eval": time.perf_counter() - started})
         shown = [f"{k} {record[k]:.4f}" for k in ("eval/accuracy", "eval/no_answer", "eval/loss") if k in record]
         print(f"after step {step}:", *shown, flush=True)
-
     step, val_units = state["step"], []
     if args.evaluation in ("both", "loss"):  # the validation loss is always that of the same samples
         val_rows = val_rows or generate("val_samples", eval_sets[""], args.samples_per_question, args.temperature)
@@ -738,7 +738,7 @@ if __name__ == "__main__":
                 state |= {"step": step, "iteration": iteration + last, "position": 0 if last else position + 1,
                           "logged": metrics_path.stat().st_size}
                 save_checkpoint(run_dir / "checkpoints", policy, optimizer, state, args.keep_last)
-                if args.save_models and not (run_dir / "models" / f"step_{step}").exists():
+                if args.save_models and not gather((run_dir / "models" / f"step_{step}").exists())[0]:
                     save_final(run_dir / "models" / f"step_{step}", policy, tokenizer, dtype)
             if stop:
                 print(f"signal {stop}: saved after step {step}; --run-name {run_dir.name} goes on from there.")

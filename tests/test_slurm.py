@@ -11,7 +11,7 @@ from conftest import ROOT
 WRAPPERS = sorted((ROOT / "slurm").glob("*.sbatch"))
 SRUN = """#!/usr/bin/env python3
 import os, subprocess, sys
-command = [word for i, word in enumerate(sys.argv[1:]) if not word.startswith("--kill") or i]
+command = [word for i, word in enumerate(sys.argv[1:]) if not word.startswith(("--kill", "--wait")) or i > 1]
 tasks, per_node = int(os.environ["SLURM_NTASKS"]), int(os.environ["TASKS_PER_NODE"])
 started = [subprocess.Popen(command, env=os.environ | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i % per_node)})
            for i in range(tasks)]
