@@ -14,7 +14,7 @@ from conftest import IRL_RUN, MEMORY_RUN, PERPLEXITY_RUN, ROOT, SMALL_RUN, STAR_
 from safetensors.torch import load_file
 
 import grpo_upskill
-from grpo_upskill import load_policy, micro_batches, pad_batch, token_logprobs
+from grpo_upskill import load_checkpoint, load_policy, micro_batches, pad_batch, save_checkpoint, token_logprobs
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 QUICK = ["--eval-size", "1", "--eval-every", "0"]
@@ -171,3 +171,40 @@ def test_a_batch_without_rows_changes_nothing():
     gradients = [parameter.grad for parameter in policy.parameters()]
     assert all(gradient is None or not gradient.any() for gradient in gradients)
     assert sum(gradient is not None for gradient in gradients) > 30
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("lora_r", [0, 2])
+def test_checkpoint_of_one_process(tmp_path, tied, lora_r):
+    """Weights, moments and state come back; of a tied head there is one copy, of LoRA's base none; no step is made."""
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = Qwen2Config(**sizes, vocab_size=500, num_hidden_layers=1, tie_word_embeddings=tied)
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(tmp_path / "model")
+    args = grpo_upskill.Args(model_name=str(tmp_path / "model"))
+
+    def start():
+        policy = load_policy(args, torch.device("cpu"), torch.float32, lora_r)
+        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        return policy, torch.optim.AdamW(trained, 1e-2)
+
+    policy, optimizer = start()
+    save_checkpoint(tmp_path / "checkpoints", policy, optimizer, {"step": 0}, 2)
+    assert not optimizer.state  # nothing was trained yet, and so it stays
+    inputs = pad_batch([[5, 6]], [[7, 8, 9]], 0)
+    for _ in range(2):
+        token_logprobs(policy, *inputs, 1.0, 64)[0].sum().backward()
+        optimizer.step()
+    save_checkpoint(tmp_path / "checkpoints", policy, optimizer, {"step": 2, "memory": [torch.ones(2)]}, 2)
+    saved = load_file(tmp_path / "checkpoints" / "step_000002" / "policy.safetensors")
+    assert set(saved) == {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    other, again = start()
+    assert load_checkpoint(tmp_path / "nowhere", other, again) is None and not again.state
+    assert load_checkpoint(tmp_path / "checkpoints", other, again)["memory"][0].tolist() == [1, 1]
+    pairs = list(zip(optimizer.param_groups[0]["params"], again.param_groups[0]["params"]))
+    for mine, loaded in pairs:
+        assert torch.equal(mine, loaded)
+        for key, value in optimizer.state[mine].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(again.state[loaded][key])), key

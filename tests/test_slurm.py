@@ -28,8 +28,9 @@ total = torch.ones(1)
 if int(os.environ.get("WORLD_SIZE", 1)) > 1:
     torch.distributed.init_process_group("gloo")
     torch.distributed.all_reduce(total)
-print("rank", rank, "local", os.environ.get("LOCAL_RANK"), "of", int(total), *sys.argv[1:], flush=True)
-print(os.environ["HF_HUB_OFFLINE"], os.environ["WANDB_MODE"], os.environ["OMP_NUM_THREADS"], flush=True)
+words = ["rank", rank, "local", os.environ.get("LOCAL_RANK"), "of", int(total), *sys.argv[1:]]
+words += [os.environ[name] for name in ("HF_HUB_OFFLINE", "WANDB_MODE", "OMP_NUM_THREADS")]
+os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # at once: the ranks share a pipe
 sys.exit(int(os.environ.get("CODE", 0)))
 """
 
@@ -44,8 +45,8 @@ def submit(tmp_path):
 
     def run(wrapper, *arguments, **variables):
         lines = wrapper.read_text()
-        per_node = re.search(r"--ntasks(?:-per-node)?=(\d+)", lines)[1]
-        nodes = re.search(r"--nodes=(\d+)", lines)[1]
+        per_node = re.search(r"#SBATCH --ntasks(?:-per-node)?=(\d+)", lines)[1]
+        nodes = re.search(r"#SBATCH --nodes=(\d+)", lines)[1]
         slurm = {
             "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "2",
             "SLURM_JOB_ID": str(os.getpid()), "SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_NODELIST": "a[1-2]",
@@ -70,7 +71,7 @@ def test_dry_run(wrapper, submit):
     assert done.returncode == 0, done.stderr
     arguments = "--lr 1e-6 --run-name job_77_seed2 --seed 2"
     locals_ = [None] if tasks == 1 else [str(i % 2) for i in range(tasks)]
-    expected = {f"rank {i} local {local} of {tasks} {arguments}" for i, local in enumerate(locals_)} | {"1 offline 1"}
+    expected = {f"rank {i} local {local} of {tasks} {arguments} 1 offline 1" for i, local in enumerate(locals_)}
     assert set(done.stdout.splitlines()) == expected
     stopped = submit(wrapper, "job.py", CODE="138", RUN="mine")
     assert stopped.returncode == 138 and "scontrol requeue 77_2" in stopped.stdout
