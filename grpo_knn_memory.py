@@ -13,7 +13,7 @@ network, multi-turn, 4-bit weights, the authors' entropy, tree and sentence-leve
     python grpo_knn_memory.py --model-name Qwen/Qwen2.5-0.5B-Instruct     # all weights, meant for one 80 GB GPU
 """
 
-import copy, functools, json, math, os, random, re, shutil, signal, sys, time
+import atexit, copy, functools, json, math, os, random, re, shutil, signal, sys, time
 from collections import defaultdict, deque
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -529,6 +529,7 @@ if __name__ == "__main__":
     if WORLD_SIZE > 1:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if device.type == "cuda" else -1)  # -1: does nothing
         torch.distributed.init_process_group()  # gloo for tensors on the CPU, NCCL for those on GPUs
+        atexit.register(torch.distributed.destroy_process_group)  # else gloo's threads may end the program with a crash
     run_dir = Path(gather(open_run(args, __file__))[0])  # an earlier start of the same --run-name is resumed below
     metrics_path, samples_path = run_dir / "metrics.jsonl", run_dir / "samples.jsonl"
     if args.intrinsic != "none":
@@ -728,7 +729,6 @@ if __name__ == "__main__":
         shown = ("charts/accuracy", "charts/reward", "terms/task", "charts/length", "time/total")
         line = "  ".join(f"{key.split('/')[1]} {record[key]:.3f}" for key in shown if key in record)
         print(f"step {step + 1}/{args.num_steps}  {line}", flush=True) if bar.disable else bar.set_postfix_str(line)
-        # checkpoint
         stop = max(gather(max(signals, default=0)))
         if step + 1 == args.num_steps or (args.save_every and (step + 1) % args.save_every == 0) or stop:
             state = {"step": step + 1, "logged": (metrics_path.stat().st_size, samples_path.stat().st_size),

@@ -16,7 +16,7 @@ second term, see VeriFree and JEPO). Not yet run on a GPU; results without one a
     python grpo_perplexity.py --model-name Qwen/Qwen2.5-7B-Instruct       # LoRA, meant for one 80 GB GPU
 """
 
-import copy, functools, json, math, os, random, re, shutil, signal, sys, time
+import atexit, copy, functools, json, math, os, random, re, shutil, signal, sys, time
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -502,6 +502,7 @@ if __name__ == "__main__":
     if WORLD_SIZE > 1:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if device.type == "cuda" else -1)  # -1: does nothing
         torch.distributed.init_process_group()  # gloo for tensors on the CPU, NCCL for those on GPUs
+        atexit.register(torch.distributed.destroy_process_group)  # else gloo's threads may end the program with a crash
     run_dir = Path(gather(open_run(args, __file__))[0])  # an earlier start of the same --run-name is resumed below
     metrics_path, samples_path = run_dir / "metrics.jsonl", run_dir / "samples.jsonl"
 

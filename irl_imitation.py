@@ -13,7 +13,7 @@ writes each token's reward. Left out: GAIL, packing. Not yet run on a GPU; resul
     python irl_imitation.py --lambda-td 0 --entropy-coef 0.1                     # the control, MLE + entropy bonus
 """
 
-import copy, functools, json, math, os, random, re, shutil, signal, sys, time
+import atexit, copy, functools, json, math, os, random, re, shutil, signal, sys, time
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -538,6 +538,7 @@ if __name__ == "__main__":
     if WORLD_SIZE > 1:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if device.type == "cuda" else -1)  # -1: does nothing
         torch.distributed.init_process_group()  # gloo for tensors on the CPU, NCCL for those on GPUs
+        atexit.register(torch.distributed.destroy_process_group)  # else gloo's threads may end the program with a crash
     run_dir = Path(gather(open_run(args, __file__))[0])  # an earlier start of the same --run-name is resumed below
     metrics_path = run_dir / "metrics.jsonl"
 

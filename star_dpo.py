@@ -14,7 +14,7 @@ Left out: few-shot prompts, soft scores, 4-bit weights. Not yet run on a GPU; re
     python star_dpo.py --strategy sft --lr 2e-4 --dataset mmlu_YO-NG      # STaR on Yoruba
 """
 
-import copy, functools, json, math, os, random, re, shutil, signal, sys, time
+import atexit, copy, functools, json, math, os, random, re, shutil, signal, sys, time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -489,7 +489,6 @@ if __name__ == "__main__":
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     message = functools.partial(user_message, preamble=args.preamble, meta_prompt=args.meta_prompt)
     decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-
     @functools.cache
     def encode(text):
         return encode_prompt(tokenizer, text, args.system_prompt)
@@ -516,6 +515,7 @@ if __name__ == "__main__":
     if WORLD_SIZE > 1:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if device.type == "cuda" else -1)  # -1: does nothing
         torch.distributed.init_process_group()  # gloo for tensors on the CPU, NCCL for those on GPUs
+        atexit.register(torch.distributed.destroy_process_group)  # else gloo's threads may end the program with a crash
     run_dir = Path(gather(open_run(args, __file__))[0])  # an earlier start of the same --run-name is resumed below
     metrics_path = run_dir / "metrics.jsonl"
     # engine first (it measures free memory and reseeds everything), then seeds, then the policy
@@ -735,8 +735,8 @@ if __name__ == "__main__":
             print(f"step {step}  {line}", flush=True) if bar.disable else bar.set_postfix_str(line)
             stop, last = max(gather(max(signals, default=0))), position + 1 == total
             if last or (args.save_every and step % args.save_every == 0) or stop:
-                state |= {"step": step, "iteration": iteration + last, "position": 0 if last else position + 1,
-                          "logged": metrics_path.stat().st_size}
+                state |= {"step": step, "iteration": iteration + last, "position": 0 if last else position + 1}
+                state["logged"] = metrics_path.stat().st_size
                 save_checkpoint(run_dir / "checkpoints", policy, optimizer, state, args.keep_last)
                 if args.save_models and not gather((run_dir / "models" / f"step_{step}").exists())[0]:
                     save_final(run_dir / "models" / f"step_{step}", policy, tokenizer, dtype)

@@ -28,6 +28,7 @@ total = torch.ones(1)
 if int(os.environ.get("WORLD_SIZE", 1)) > 1:
     torch.distributed.init_process_group("gloo")
     torch.distributed.all_reduce(total)
+    torch.distributed.destroy_process_group()
 words = ["rank", rank, "local", os.environ.get("LOCAL_RANK"), "of", int(total), *sys.argv[1:]]
 words += [os.environ[name] for name in ("HF_HUB_OFFLINE", "WANDB_MODE", "OMP_NUM_THREADS")]
 os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # at once: the ranks share a pipe
