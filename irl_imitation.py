@@ -79,7 +79,7 @@ class Args:
     weight_decay: float = 0.0  # AdamW's decoupled weight decay
     max_grad_norm: float = 1.0  # gradient norm clip; 0: none
     # GPU memory
-    max_tokens_per_microbatch: int = 16384  # padded tokens in one forward-backward; halve it when out of memory
+    max_tokens_per_microbatch: int = 16384  # padded tokens in a rank's forward-backward; halve it when out of memory
     head_chunk: int = 1024  # tokens for which logits [head_chunk, vocabulary] exist at a time
     gradient_checkpointing: bool = True  # recompute activations in the backward pass (GPU only)
     gpu_memory_utilization: float = 0.4  # vLLM's share of the GPU, weights and cache (without a GPU: 256 MiB of cache)
@@ -123,7 +123,7 @@ def load_policy(args, device, dtype, lora_r: int):
         for module in [*(m for m in model.modules() if type(m).__name__ in model._no_split_modules), model]:
             fully_shard(module, reshard_after_forward=True).set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)  # a sum: the loss is divided by what all ranks hold
-        model.forward = lambda run: run()  # our own forward pass, inside which embedding, norm and head are whole
+        model.forward = lambda run: run()  # model(run): FSDP makes embedding, norm and head whole around run()
     return policy.to(device).train()
 # ---- Inverse RL ------------------------------------------------------------------------------------------------------
 def token_values(policy, ids, prompt_lens, completion_lens, terminal, head_chunk: int, reference=None,
@@ -284,7 +284,7 @@ def make_engine(args, device, max_model_len: int):
     if device.type == "cpu":  # a KV cache that does not depend on how much memory happens to be free
         options = {"kv_cache_memory_bytes": 2**28, "enforce_eager": True}
     if WORLD_SIZE > 1:
-        options["distributed_executor_backend"] = "external_launcher"  # an engine of its own in every process
+        options["distributed_executor_backend"] = "external_launcher"  # no workers: each rank its own engine
     dtype = "bfloat16" if device.type == "cuda" else "float32"  # "auto" would read fp32 checkpoints as fp16
     try:
         from vllm import LLM
@@ -379,7 +379,7 @@ def plot_rewards(rows: list[dict], path: Path):
     axes[0].figure.savefig(path, dpi=120, bbox_inches="tight")
 # ---- Several processes, micro-batches --------------------------------------------------------------------------------
 def gather(value) -> list:
-    """[the value of rank 0, of rank 1, ...] on every rank; [value] in a single process. All ranks must call it."""
+    """[the value of rank 0, of rank 1, ...] on every rank, [value] in one process; also a barrier: all must call it."""
     values = [value] * WORLD_SIZE
     if WORLD_SIZE > 1:
         torch.distributed.all_gather_object(values, value)
@@ -469,7 +469,7 @@ def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
         if generators["cuda"] is not None:
             torch.cuda.set_rng_state(generators["cuda"])
         return training["state"]
-    return optimizer.state.clear()  # None; get_state_dict may have filled it
+    return optimizer.state.clear()  # returns None; get_state_dict may have filled it
 
 def save_final(folder: Path, policy, tokenizer, dtype):
     """A plain Hugging Face model folder (LoRA merged, its adapter under adapter/), complete as soon as it exists."""

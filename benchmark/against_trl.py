@@ -29,6 +29,7 @@ from resource import RUSAGE_SELF, getrusage
 from typing import Annotated, Literal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ENVIRONMENT = dict(os.environ)  # for both, before an import of ours says how CPU threads wait
 ROOT = Path(__file__).parents[1]
 TOY, TOY_MC = ROOT / "tests" / "toy", ROOT / "tests" / "toy_mc"
 sys.path.insert(0, str(ROOT))
@@ -133,6 +134,7 @@ def ours(args, model: Path, folder: Path) -> dict:
     """{"seconds", "rollout", "scoring", "learner", "sync", "tokens": a list over steps each, "gb", "losses"}."""
     command = [
         "--model-name", model, "--run-name", "run", "--output-dir", folder, "--lora-r", args.lora_r, "--system-prompt=",
+        "--lora-alpha", 16,
         "--max-new-tokens", args.max_new_tokens, "--lr", args.lr, "--lr-schedule", "constant", "--warmup-steps", 0,
         "--weight-decay", 0, "--max-grad-norm", 1, "--max-tokens-per-microbatch", args.max_tokens_per_microbatch,
         "--gpu-memory-utilization", args.gpu_memory_utilization, "--save-every", 0, "--seed", 1,
@@ -152,7 +154,7 @@ def ours(args, model: Path, folder: Path) -> dict:
         ]  # fmt: skip
     with (folder / "log.txt").open("w") as log:
         command = [sys.executable, *map(str, [ROOT / command[0], *command[1:]])]
-        if subprocess.run(command, cwd=ROOT, stdout=log, stderr=log).returncode:
+        if subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=ENVIRONMENT).returncode:
             sys.exit((folder / "log.txt").read_text())
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "losses/grad_norm" in record]
@@ -194,7 +196,9 @@ def theirs(args, model: Path, folder: Path, precompute: bool) -> dict:
     if args.lora_r:
         from peft import LoraConfig
 
-        common["peft_config"] = LoraConfig(r=args.lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
+        common["peft_config"] = LoraConfig(
+            r=args.lora_r, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
     whole = args.questions * args.group_size if args.method == "grpo" else args.batch_size
     config = {
         "output_dir": str(folder), "learning_rate": args.lr, "lr_scheduler_type": "constant", "warmup_steps": 0,
@@ -258,7 +262,7 @@ def figures(args, model: Path, result: dict) -> dict:
     first = 3 if args.steps > 3 else 0
     median = {f"s {k}": float(np.median(result[k][first:] or result[k])) for k in PHASES if result.get(k)}
     samples = args.questions * args.group_size if args.method == "grpo" else args.batch_size
-    figures = {"samples/s": samples / median["s seconds"]}
+    figures = {"samples/s" if args.method == "grpo" else "pairs/s": samples / median["s seconds"]}
     if args.method == "grpo":
         from transformers import AutoTokenizer
 
@@ -278,7 +282,7 @@ def figures(args, model: Path, result: dict) -> dict:
 PHASES = ("seconds", "rollout", "scoring", "learner", "sync")
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--trl":  # TRL's process: --trl {args} model folder precompute
+    if sys.argv[1:2] == ["--trl"]:  # TRL's process: --trl {args} model folder precompute
         child, model, folder, precompute = sys.argv[2:]
         result = theirs(Args(**json.loads(child)), Path(model), Path(folder), precompute == "1")
         (Path(folder) / "result.json").write_text(json.dumps(result))
@@ -300,7 +304,9 @@ if __name__ == "__main__":
                 else:
                     words = ["--trl", json.dumps(asdict(args)), str(model), str(own), precompute]
                     with (own / "log.txt").open("w") as log:
-                        if subprocess.run([sys.executable, __file__, *words], stdout=log, stderr=log).returncode:
+                        if subprocess.run(
+                            [sys.executable, __file__, *words], stdout=log, stderr=log, env=ENVIRONMENT
+                        ).returncode:
                             sys.exit((own / "log.txt").read_text())
                     result = json.loads((own / "result.json").read_text())
                 rounds[arm].append(result)
@@ -317,6 +323,6 @@ if __name__ == "__main__":
         ratios = [[a / b for a, b in zip(columns[0], column)] if None not in column else [] for column in columns[1:]]
         cells = [cell(column, 3 if column[0] < 10 else 0) if None not in column else "" for column in columns]
         print(f"{key:<18}" + "".join(f"{c:>26}" for c in cells + [cell(r, 2) if r else "" for r in ratios]))
-    for arm in others if args.method == "dpo" else ():
+    for arm in others if args.method == "dpo" and not args.lora_r else ():  # LoRA's A is drawn apart
         gap = max(abs(a - b) for x, y in zip(rounds["ours"], rounds[arm]) for a, b in zip(x["losses"], y["losses"]))
         print(f"losses of ours and of {arm} agree within {gap:.1e}")

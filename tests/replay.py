@@ -1,6 +1,6 @@
-"""python tests/replay.py SAMPLES script.py ...: run a script as __main__; what it samples is kept in the file SAMPLES.
+"""python tests/replay.py NAME.pkl script.py ...: run a script as __main__; what it samples is kept in NAME.new.
 
-Where the file exists, the rollouts in it take the place of new ones, so that runs in one and in several processes,
+Where NAME.pkl exists, the rollouts in it take the place of new ones, so that runs in one and in several processes,
 whose engines draw differently, train on the same samples. Everything else runs as it is, engines and syncs too.
 """
 

@@ -87,24 +87,23 @@ def resume_with_another_number(command, extra, folder, samples):
     import pickle
 
     rollouts = pickle.loads(samples.read_bytes())
-    last = folder / "last.pkl"
-    last.write_bytes(pickle.dumps(rollouts[2:]))
+    third = folder / "third.pkl"
+    third.write_bytes(pickle.dumps(rollouts[2:]))
     reference = load_file(folder / "two/run/final/model.safetensors")
     for before, launch in (("two", [sys.executable]), ("one", LAUNCH), ("two", LAUNCH)):
-        again = folder / f"{before}_{len(launch)}"
+        again = folder / f"{before}_then_{'two' if launch is LAUNCH else 'one'}"
         shutil.copytree(folder / before, again)
         shutil.rmtree(again / "run" / "final")
         shutil.rmtree(again / "run" / "checkpoints" / "step_000003")
         sharded = (again / "run/checkpoints/step_000002/shards").exists()
         assert sharded == (before == "two")
-        if (before, launch) == ("two", LAUNCH):  # the engines draw anew, and the same
-            last = folder / "nothing.pkl"
+        if as_many := (before, launch) == ("two", LAUNCH):  # a newer checkpoint with a torn shard is passed over
             damaged = again / "run/checkpoints/step_000003/shards"
             shutil.copytree(again / "run/checkpoints/step_000002", damaged.parent)
             torn = next(damaged.glob("__1*"))
             torn.write_bytes(torn.read_bytes()[:1000])
-        run(launch, command, again, last, *extra)
-        if (before, launch) == ("two", LAUNCH):
+        run(launch, command, again, folder / "none.pkl" if as_many else third, *extra)  # none: the engines draw anew
+        if as_many:
             found = load_file(again / "run/final/model.safetensors")
             assert all(torch.equal(found[name], reference[name]) for name in reference)
             assert len(list((again / "run/checkpoints").glob("damaged_step_000003*"))) == 1
@@ -113,19 +112,15 @@ def resume_with_another_number(command, extra, folder, samples):
 
 
 def test_a_signal_to_every_rank(tmp_path):
-    """As srun sends it, at different moments: all save the same step, end with 128 + 10, and go on from there."""
+    """As srun sends it, at different moments: all save the same step and end with 128 + 10."""
     command = [*SMALL_RUN, *QUICK, "--output-dir", str(tmp_path), "--lora-r", "0", "--num-steps", "400"]
     base = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     base |= {"MASTER_PORT": str(20000 + os.getpid() % 20000)}
     log = tmp_path / "run" / "metrics.jsonl"
 
-    def start(steps):
-        environments = [base | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
-        words = [*command, "--num-steps", str(steps)] if steps else command
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return [subprocess.Popen(words, env=environment, cwd=ROOT, **pipes) for environment in environments]
-
-    processes = start(0)
+    environments = [base | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    processes = [subprocess.Popen(command, env=environment, cwd=ROOT, **pipes) for environment in environments]
     while not log.exists() or len(log.read_text().splitlines()) < 3:
         assert all(process.poll() is None for process in processes)
         time.sleep(0.2)
