@@ -689,7 +689,7 @@ def compare(path_a: str, path_b: str):
 
 if __name__ == "__main__":
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # before vllm is imported: engine and model in this process
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make a shared CPU ten times slower
+    os.environ.update({"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"} | os.environ)  # as in the scripts
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import tyro

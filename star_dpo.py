@@ -21,7 +21,6 @@ from itertools import groupby
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import Literal
-
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engine and trainer live in this one process
 # CPU threads that wait spin for some microseconds, then sleep: spinning on makes a shared CPU ten times slower
 os.environ.update({"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000", "VLLM_LOGGING_LEVEL": "ERROR"} | os.environ)
@@ -33,11 +32,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.nn.functional import logsigmoid
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-
 from eval_gsm8k import (check_arguments, check_lengths, choice_figures, encode_prompt, extract_letter, fail,
-                        load_questions, load_tokenizer, open_run, read_rows, split_ids, start_run,
-                        user_message)
-
+                        load_questions, load_tokenizer, open_run, read_rows, split_ids, start_run, user_message)
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 
 @dataclass
@@ -684,6 +680,10 @@ if __name__ == "__main__":
             hinted = generate(f"hinted_{iteration + 1}", failed, 1, args.temperature, hint=True) if failed else []
             rows = rows + [row for row in hinted if row["scores"] == 1 and not LEAK.search(row["raw_responses"])]
         units = make_units(rows, args.strategy, args.max_pairs, args.min_correct, args.seed + iteration)
+        for key, part in ("val_samples", val_rows), (f"train_{iteration + 1}", rows):
+            mark = hash(tuple((*row["token_ids"], row["scores"]) for row in part))  # of numbers: alike in every process
+            if state.setdefault(key, mark) != mark:
+                fail(f"samples/{key}.jsonl in {run_dir} (or a preloaded file) has changed since; put it back.")
         owners, batches = [rows[unit[0]]["indices"] for unit in units], math.ceil(len(units) / args.batch_size)
         total = args.internal_epochs * batches
         if first == 0:
