@@ -237,7 +237,7 @@ def load_policy(args, device, dtype, lora_r: int):
     if WORLD_SIZE > 1:  # FSDP2: each rank keeps a share of every weight, and a layer is whole while it is computed
         from torch.distributed.fsdp import fully_shard
         model = policy.get_base_model() if lora_r else policy
-        for module in [*(m for m in model.modules() if type(m).__name__ in model._no_split_modules), model]:
+        for module in [*(m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())), model]:
             fully_shard(module, reshard_after_forward=True).set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)  # a sum: the loss is divided by what all ranks hold
         model.forward = lambda run: run()  # model(run): FSDP makes embedding, norm and head whole around run()
@@ -406,8 +406,8 @@ def unsharded(tensor):
 def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
     """Indices in batches of similar length, longest first, rows x longest row <= max_tokens (but at least one row).
 
-    With several ranks, that is the limit of each, and returned are this rank's rows of every batch, in the last perhaps
-    none: all run as many.
+    With several ranks each has that limit, and returned are this rank's rows of every batch, of the last perhaps none:
+    so all ranks run equally many.
     """
     batches = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -445,7 +445,7 @@ def save_checkpoint(folder: Path, policy, optimizer, state: dict, keep_last: int
         dcp.save({"policy": weights, "optimizer": moments}, checkpoint_id=temporary / "shards")
     else:
         names = [name for name, _ in policy.named_parameters() if name in weights]  # a tied head is there once
-        save_file({name: weights[name] for name in names}, temporary / "policy.safetensors")
+        save_file({name: weights[name].cpu().contiguous() for name in names}, temporary / "policy.safetensors")
         training["optimizer"] = moments
     if RANK == 0:
         torch.save(training, temporary / "training.pt")
