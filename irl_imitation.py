@@ -13,7 +13,7 @@ writes each token's reward. Left out: GAIL, packing. Not yet run on a GPU; resul
     python irl_imitation.py --lambda-td 0 --entropy-coef 0.1                     # the control, MLE + entropy bonus
 """
 
-import atexit, copy, functools, json, math, os, random, re, shutil, signal, sys, time
+import copy, functools, json, math, os, random, re, shutil, signal, sys, time
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -459,7 +459,7 @@ def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
                 weights, moments = load_file(path / "policy.safetensors"), training["optimizer"]
         except (Exception, dcp.CheckpointException) as error:  # whatever is wrong with the files: the same answer
             if RANK == 0:
-                print(f"warning: checkpoint {path} is damaged and passed over: {error}", file=sys.stderr)
+                print(f"warning: checkpoint {path} is damaged and passed over: {type(error).__name__}", file=sys.stderr)
                 path.rename(path.with_name(f"damaged_{path.name}_{int(time.time())}"))  # or it pushes sound ones out
             continue
         set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
@@ -476,8 +476,8 @@ def save_final(folder: Path, policy, tokenizer, dtype):
     from huggingface_hub import save_torch_state_dict
     model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
     left_out = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    adapter = {n: unsharded(w).detach().cpu() for n, w in policy.state_dict().items() if ".lora_" in n}
-    weights = {n: w.detach().to("cpu", dtype).contiguous() for n, w in merged_weights(policy)
+    adapter = {n: unsharded(w).detach().to("cpu", copy=True) for n, w in policy.state_dict().items() if ".lora_" in n}
+    weights = {n: w.detach().to("cpu", dtype, copy=True).contiguous() for n, w in merged_weights(policy)
                if RANK == 0 and n not in left_out}  # all ranks gather, rank 0 keeps and writes
     if RANK > 0:
         return
@@ -537,8 +537,7 @@ if __name__ == "__main__":
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if WORLD_SIZE > 1:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if device.type == "cuda" else -1)  # -1: does nothing
-        torch.distributed.init_process_group()  # gloo for tensors on the CPU, NCCL for those on GPUs
-        atexit.register(torch.distributed.destroy_process_group)  # else gloo's threads may end the program with a crash
+        torch.distributed.init_process_group()  # gloo on the CPU, NCCL on GPUs; vLLM destroys all groups at exit
     run_dir = Path(gather(open_run(args, __file__))[0])  # an earlier start of the same --run-name is resumed below
     metrics_path = run_dir / "metrics.jsonl"
 
