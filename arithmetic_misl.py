@@ -39,7 +39,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from eval_gsm8k import check_arguments, fail
+from first_edition import check_arguments, fail
 
 OPERATORS = {"+": add, "-": sub, "*": mul, "/": truediv, "%": mod}
 STAR = 10 + list(OPERATORS).index("*")  # tokens: ten digits, five operators; the prompt's separator is the token of "*"

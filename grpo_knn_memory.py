@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from eval_gsm8k import (check_arguments, check_lengths, encode_prompt, evaluate, extract_answer, fail, is_correct,
+from first_edition import (check_arguments, check_lengths, encode_prompt, evaluate, extract_answer, fail, is_correct,
                         load_splits, load_tokenizer, open_run, start_run, to_number, worked_examples)
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them

@@ -6,61 +6,90 @@ and a completion y is rewarded for being right and for telling which z produced 
     r(y; x, z) = r_correct + alpha_mi * r_MI,        r_correct = +1 right, -1 wrong
     r_MI       = log p(y | x, z) - log (1/N) sum_z' p(y | x, z')                          (--mi-form seq, at most ln N)
 
-E[r_MI] is the mutual information I(y; z | x): skills spread over different solutions, so that asking each of them once
-finds a right one more often than asking one model N times (pass@N). The rest is GRPO, and --alpha-mi 0 is plain GRPO:
-the control arm, with the prefix or (--skill-prefix "") without.
+The mean of r_MI is the mutual information I(y; z | x). Skills spread over different solutions, so that asking each of
+them once finds a right one more often than asking one model N times (pass@N). --alpha-mi 0 is plain GRPO, the control.
 
-Left out: value network, reward model, multi-turn, 4-bit weights, the paper's "semantic" MI (one number
-for a whole batch, which group centring cancels). Not yet run on a GPU; results without one are in README.md.
+Left out: value network, reward model, multi-turn, 4-bit weights, mixture-of-experts models, the paper's "semantic" MI
+(one number for a whole batch, which group centring cancels).
 
-    python grpo_upskill.py --model-name Qwen/Qwen2.5-7B-Instruct          # LoRA, meant for one 80 GB GPU
+    python grpo_upskill.py --model-name Qwen/Qwen2.5-7B-Instruct          # LoRA, one 80 GB GPU
+    torchrun --nproc-per-node 8 grpo_upskill.py --lora-r 0 --lr 1e-6      # all weights, eight GPUs, FSDP2
 """
 
-import copy, functools, json, math, os, random, shutil, signal, sys, time
+import fcntl
+import functools
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import warnings
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 from typing import Literal
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engine and trainer live in this one process
-# CPU threads that wait spin for some microseconds, then sleep: spinning on makes a shared CPU ten times slower
-os.environ.update({"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000", "VLLM_LOGGING_LEVEL": "ERROR"} | os.environ)
+# CPU threads that wait spin for some microseconds, then sleep: spinning on makes a shared CPU ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# The noise of libraries is turned off here, and only here.
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+logging.getLogger("vllm").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", category=FutureWarning)
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
-from eval_gsm8k import (check_arguments, check_lengths, encode_prompt, evaluate, extract_answer, fail, is_correct,
-                        load_splits, load_tokenizer, open_run, start_run)
+from eval_gsm8k import encode_prompt, evaluate, extract_answer, is_correct
+from eval_gsm8k import load_problems, load_tokenizer, longest_prompt, plain_error
 
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+DEVICE = torch.device("cpu")
+if torch.cuda.is_available():
+    DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+HEAD_CHUNK = 1024  # tokens for which logits [HEAD_CHUNK, vocabulary] exist at a time
+MAX_PADDING = 0.1  # share of a micro-batch that may be pads
+KEEP_CHECKPOINTS = 2
+
 
 @dataclass
 class Args:
     # experiment
     run_name: str = ""  # folder under output_dir; the same name again resumes it (empty: script, model, seed, time)
     output_dir: str = "runs"  # where run folders are made
-    seed: int = 1  # seed of data order, sampling and LoRA initialisation
+    seed: int = 1  # everything random follows from the seed and the step
     track: bool = False  # also log to Weights & Biases (project: WANDB_PROJECT); metrics.jsonl is always written
     # model
-    model_name: str = "Qwen/Qwen2.5-7B-Instruct"  # Hugging Face id or local folder of a chat model
+    model_name: str = "Qwen/Qwen2.5-7B-Instruct"  # Hugging Face id or folder of a chat model
     lora_r: int = 32  # LoRA rank on all linear layers, base weights in bf16 on a GPU; 0 trains all weights, in fp32
     lora_alpha: int = 32  # LoRA scale: W + (lora_alpha / lora_r) B A
-    trust_remote_code: bool = False  # run Python code that comes with the model
     # data
-    dataset: str = "openai/gsm8k"  # training problems: hub id, or a .jsonl with `question` and `answer` ("... #### 72")
-    dataset_config: str = "main"  # configuration of a hub dataset (unused for local files)
-    eval_dataset: str = ""  # evaluation problems (empty: the test split; a local file gives up its last tenth)
+    dataset: str = "openai/gsm8k"  # hub id, or a .jsonl with `question` and `answer` ("... #### 72")
+    eval_dataset: str = ""  # evaluation problems (empty: the test split; of a local file the last tenth)
     system_prompt: str = "You are a helpful math assistant that solves problems step by step."  # empty: none
     # rollout
     num_steps: int = 500  # training steps, each one rollout
-    questions_per_step: int = 8  # questions per rollout
-    group_size: int = 10  # completions per question, a multiple of max_z: every z is sampled group_size / max_z times
+    questions_per_step: int = 8  # questions in a rollout
+    group_size: int = 10  # completions of each question: every z is sampled group_size / max_z times
     max_new_tokens: int = 768  # longest completion in tokens
     temperature: float = 1.0  # sampling temperature; log-probabilities are taken at the same temperature
     answer_mode: Literal["strict", "flexible", "boxed", "xml", "auto"] = "auto"  # see eval_gsm8k.extract_answer
@@ -68,10 +97,8 @@ class Args:
     max_z: int = 5  # number of skills N
     alpha_mi: float = 5.0  # weight of the MI reward; 0 is plain GRPO and skips the N scoring passes
     mi_form: Literal["seq", "token", "token_mean"] = "seq"  # how the mixture over skills is formed, see mi_rewards
-    mi_clip: float = 0.0  # clip the MI reward to [-mi_clip, mi_clip] nats; 0: no clipping
-    mi_gate: bool = False  # MI reward for correct completions only, and never below 0: distinct and wrong pays nothing
-    alpha_warmup_steps: int = 0  # raise alpha_mi linearly from 0 over this many steps
-    mixture_kl_coef: float = 0.0  # weight of log p_ref(y|x without z) - log mixture(y|x): keeps the mean near the start
+    mi_gate: bool = False  # MI reward for right completions only, and never below 0: distinct and wrong pays nothing
+    mixture_kl_coef: float = 0.0  # weight of log p_ref(y|x) - log mixture(y|x): keeps the mean over skills in place
     correct_coef: float = 1.0  # weight of the correctness reward; 0 trains on MI alone
     skill_prefix: str = "Strategy {z} | "  # {z}: the skill's number; "": no skills, a control (with --alpha-mi 0)
     group_by: Literal["question", "skill"] = "question"  # mean reward of what is the baseline
@@ -80,132 +107,71 @@ class Args:
     loss_type: Literal["grpo", "dr_grpo", "dapo"] = "dapo"  # how tokens are weighted, see policy_loss
     clip_low: float = 0.2  # ratio is clipped below at 1 - clip_low
     clip_high: float = 0.28  # ratio is clipped above at 1 + clip_high (clip-higher, DAPO)
-    advantage_scale: Literal["group", "batch", "none"] = "group"  # whose std divides centred rewards (none: Dr. GRPO)
-    kl_coef: float = 0.0  # weight of the k3 estimate of KL(policy || start) in the loss; the paper's runs used 0.04
-    is_cap: float = 2.0  # truncated importance sampling: token weights min(p_trainer / p_vllm, is_cap); 0: none
-    mask_truncated: bool = False  # leave completions that hit max_new_tokens out of the loss
-    drop_zero_variance: bool = True  # leave groups whose rewards are all equal out of the loss and of its denominator
+    kl_coef: float = 0.0  # weight of the k3 estimate of KL(policy || start); the paper's runs used 0.04
+    is_cap: float = 2.0  # truncated importance sampling: token weights min(p_trainer / p_vllm, is_cap)
     # optimizer
     lr: float = 3e-5  # peak; 3e-5 with alpha_mi 5 and 1e-5 with alpha_mi 1 in the paper's figures, both with LoRA
-    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"  # decay to zero after the warm-up, or none
+    lr_schedule: Literal["cosine", "constant"] = "cosine"  # decay to zero after the warm-up, or none
     warmup_steps: int = 50  # linear warm-up, in steps
     weight_decay: float = 0.1  # AdamW's decoupled weight decay
-    max_grad_norm: float = 0.1  # gradient norm clip (0.1 in the original code); 0: none
-    update_epochs: int = 1  # passes over a rollout
-    num_minibatches: int = 1  # optimizer steps per pass
-    # GPU memory
-    max_tokens_per_microbatch: int = 16384  # padded tokens in a rank's forward-backward; halve it when out of memory
-    head_chunk: int = 1024  # tokens for which logits [head_chunk, vocabulary] exist at a time
-    gradient_checkpointing: bool = True  # recompute activations in the backward pass (GPU only)
-    gpu_memory_utilization: float = 0.4  # vLLM's share of the GPU, weights and cache (without a GPU: 256 MiB of cache)
-    vllm_sleep: bool = True  # give vLLM's memory back while training (GPU only)
-    max_logp_diff: float = 0.1  # stop if trainer and vLLM differ by more on average, in nats per sampled token
+    max_grad_norm: float = 0.1  # gradient norm clip (0.1 in the original code)
+    num_minibatches: int = 1  # optimizer steps on each rollout
+    # memory and self-check
+    max_tokens_per_microbatch: int = 16384  # padded tokens in a rank's forward-backward; halve when out of memory
+    gpu_memory_utilization: float = 0.6  # vLLM's share of the GPU while it samples; it sleeps while the policy trains
+    max_logp_diff: float | None = None  # stop above this gap of trainer and vLLM, nats a token; None: from the dtype
     # evaluation and checkpoint
-    eval_every: int = 50  # evaluate every so many steps, besides the start and the end; 0: only there
+    eval_every: int = 50  # evaluate every so many steps, besides the start and the end
     eval_size: int = 200  # number of evaluation problems; 0: all
-    eval_samples: int = 1  # samples of each skill (without prefix: max_z times as many samples) per evaluation problem
+    eval_samples: int = 1  # samples of each skill (without prefix: of each question) in an evaluation
     eval_temperature: float = 0.7  # sampling temperature of evaluations; 0 is greedy
-    save_every: int = 50  # write a checkpoint every so many steps, and at the end; 0: only there
-    keep_last: int = 2  # checkpoints kept
-# ---- Reward ----------------------------------------------------------------------------------------------------------
-def mi_rewards(logps: torch.Tensor, z: torch.Tensor, mask: torch.Tensor, form: str) -> torch.Tensor:
-    """Mutual-information reward of each completion, in nats.
+    save_every: int = 50  # write a checkpoint every so many steps, besides the end
 
-    logps [B, N, T]: log p(y_t | x, z', y_<t) of the sampled tokens under every skill z'; z [B]: the index 0..N-1 of the
-    skill that sampled; mask [B, T]: True on completion tokens. Returns [B].
+
+# ---- Reward and loss -------------------------------------------------------------------------------------------------
+def mi_rewards(logps: torch.Tensor, z: torch.Tensor, mask: torch.Tensor, form: str) -> torch.Tensor:
+    """Mutual-information reward [B] of each completion, in nats.
+
+    logps [B, N, C]: log p(y_t | x, z', y_<t) of the sampled tokens under every skill z'; z [B]: the index 0..N-1 of the
+    skill that sampled; mask [B, C]: True on completion tokens.
 
     seq          log p(y|x,z) - log (1/N) sum_z' p(y|x,z')           <= ln N; its mean is I(y; z | x)
-    token        sum_t log p(y_t|..z..) - log (1/N) sum_z' p(y_t|..z'..)   the paper's formula; <= T ln N, over-counts I
-    token_mean   token / T
+    token        sum_t log p(y_t|..z..) - log (1/N) sum_z' p(y_t|..z'..)   the paper's formula; <= C ln N, over-counts I
+    token_mean   token / C
     """
     logps = logps.double().masked_fill(~mask[:, None], 0.0)
-    logps = logps.sum(-1, keepdim=True) if form == "seq" else logps  # seq: the whole completion as one token
-    own = logps[torch.arange(len(z), device=z.device), z]  # [B, T]
-    rewards = (own - logps.logsumexp(1) + math.log(logps.shape[1])).sum(-1)
-    return (rewards / mask.sum(-1).clamp(min=1) if form == "token_mean" else rewards).float()
-# ---- Policy and log-probabilities ------------------------------------------------------------------------------------
-def load_policy(args, device, dtype, lora_r: int):
-    """The model args.model_name with weights in `dtype`, and LoRA adapters of rank lora_r, in fp32, unless that is 0.
+    if form == "seq":
+        logps = logps.sum(-1, keepdim=True)  # the whole completion as one token
+    own = logps[torch.arange(len(z)), z]  # [B, C]
+    mixture = logps.logsumexp(1) - math.log(logps.shape[1])  # [B, C]
+    rewards = (own - mixture).sum(-1)
+    if form == "token_mean":
+        rewards = rewards / mask.sum(-1)
+    return rewards.float()
 
-    What is trained belongs in fp32: an update of 1e-6 is lost on a bf16 weight. Dropout is off, as it is when sampling.
+
+def skill_metrics(logps: torch.Tensor, z: torch.Tensor, where: str) -> dict:
+    """Estimate of I(y; z | x) in nats, whatever form is rewarded, and the share of completions that give their z away.
+
+    logps [B, N, C], 0 behind a completion's end; z [B].
     """
-    from transformers import AutoModelForCausalLM
-    policy = AutoModelForCausalLM.from_pretrained(
-        args.model_name, dtype=dtype, use_safetensors=True, trust_remote_code=args.trust_remote_code)
-    for name in ("final_logit_softcapping", "logits_soft_cap", "logits_scaling", "logit_scale"):
-        if getattr(policy.config.get_text_config(), name, None) not in (None, 1):
-            fail(f"{args.model_name} sets {name}: its logits change after the head, which is not done here.")
-    for module in policy.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
-    if args.gradient_checkpointing and device.type == "cuda":
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if lora_r:
-        from peft import LoraConfig, get_peft_model
-        lora = LoraConfig(r=lora_r, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-        policy = get_peft_model(policy, lora)
-    if WORLD_SIZE > 1:  # FSDP2: each rank keeps a share of every weight, and a layer is whole while it is computed
-        from torch.distributed.fsdp import fully_shard
-        model = policy.get_base_model() if lora_r else policy
-        for module in [*(m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())), model]:
-            fully_shard(module, reshard_after_forward=True).set_force_sum_reduction_for_comms(True)
-            module.set_gradient_divide_factor(1.0)  # a sum: the loss is divided by what all ranks hold
-        model.forward = lambda run: run()  # model(run): FSDP makes embedding, norm and head whole around run()
-    return policy.to(device).train()
+    information = mi_rewards(logps, z, torch.ones_like(logps[:, 0]).bool(), "seq").mean().item()
+    decoded = (logps.sum(-1).argmax(1) == z).float().mean().item()
+    return {f"{where}/mi": information, f"{where}/z_decoded": decoded}
 
-def token_logprobs(policy, ids, prompt_lens, completion_lens, temperature: float, head_chunk: int):
-    """Log-probability and entropy of every completion token in nats, [B, C] fp32 each, 0 after a completion's end.
 
-    ids [B, T]: prompt + completion, right-padded (attention is causal: pads to the right change nothing, and no mask is
-    needed); prompt_lens, completion_lens [B]. Only positions that predict a completion token reach the head, head_chunk
-    at a time, and the backward pass recomputes their logits: there never is a [B, T, vocabulary].
+def group_advantages(rewards: torch.Tensor, loss_type: str, eps: float = 1e-4) -> torch.Tensor:
+    """(r - mean of the group) / (std of the group + eps) of rewards [groups, G], sample std.
+
+    DeepSeekMath section 4.1, eps as in TRL; dr_grpo does not divide (arXiv 2503.20783).
     """
-    position = torch.arange(ids.shape[1] - 1, device=ids.device)
-    predicts = (position >= prompt_lens[:, None] - 1) & (position < (prompt_lens + completion_lens)[:, None] - 1)
-    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    centred = rewards - rewards.mean(1, keepdim=True)
+    if loss_type == "dr_grpo":
+        return centred
+    return centred / (rewards.std(1, keepdim=True) + eps)
 
-    def head_logps(hidden, targets):  # [n, H], [n] -> [n], [n]
-        log_p = model.get_output_embeddings()(hidden).float().div_(temperature).log_softmax(-1)  # [n, vocabulary]
-        with torch.no_grad():
-            entropy = -log_p.exp().mul_(log_p).sum(-1)
-        return log_p.gather(-1, targets[:, None])[:, 0], entropy
 
-    def forward():
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][predicts]  # [n, H]
-        chunks = zip(hidden.split(head_chunk), ids[:, 1:][predicts].split(head_chunk), strict=True)
-        parts = [checkpoint(head_logps, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-        return [torch.cat(column) for column in zip(*parts, strict=True)]
-
-    with torch.autocast("cuda", torch.bfloat16, ids.device.type == "cuda", cache_enabled=WORLD_SIZE == 1):
-        logps, entropy = model(forward) if WORLD_SIZE > 1 else forward()
-    mask = torch.arange(int(completion_lens.max()), device=ids.device) < completion_lens[:, None]  # [B, C]
-    zeros = torch.zeros(mask.shape, device=ids.device)
-    return zeros.masked_scatter(mask, logps), zeros.masked_scatter(mask, entropy)
-
-@torch.no_grad()
-def score(policy, prompts, completions, temperature: float, pad_id: int, max_tokens: int, head_chunk: int):
-    """Log-probabilities [B, C] of B completions given B prompts (lists of token ids), on the CPU, 0 after the end."""
-    device = next(policy.parameters()).device
-    logps = torch.zeros(len(prompts), max(map(len, completions)))
-    for rows in micro_batches([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)], max_tokens):
-        batch = pad_batch([prompts[i] for i in rows], [completions[i] for i in rows], pad_id, device)
-        part, _ = token_logprobs(policy, *batch, temperature, head_chunk)
-        logps[rows, : part.shape[1]] = part.cpu()
-    if WORLD_SIZE > 1:
-        torch.distributed.all_reduce(logps)  # each rank has filled in its own rows
-    return logps
-# ---- Advantages and loss ---------------------------------------------------------------------------------------------
-def group_advantages(rewards: torch.Tensor, scale: str, eps: float = 1e-4) -> torch.Tensor:
-    """A = (r - mean of the group) / (std + eps) of rewards [groups, G], sample std of the group or of the whole batch.
-
-    DeepSeekMath section 4.1, eps as in TRL; scale "none" leaves the division out (Dr. GRPO)."""
-    spread = {"group": rewards.std(1, keepdim=True) + eps, "batch": rewards.std() + eps, "none": 1.0}[scale]
-    return (rewards - rewards.mean(1, keepdim=True)) / spread
-
-def policy_loss(logps, old_logps, advantages, mask, loss_type: str, clip_low: float, clip_high: float, denominator,
-                is_weights=1.0, ref_logps=None, kl_coef: float = 0.0):
+def policy_loss(logps, old_logps, advantages, mask, args, denominator, is_weights, ref_logps=None):
     """The micro-batch's share of the step's loss, and sums over its tokens for the log.
 
     logps, old_logps, is_weights, ref_logps, mask [B, C]; advantages [B]. `denominator` belongs to the whole optimizer
@@ -219,462 +185,698 @@ def policy_loss(logps, old_logps, advantages, mask, loss_type: str, clip_low: fl
     advantages = advantages[:, None]
     log_ratio = (logps - old_logps).masked_fill(~mask, 0.0)
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
     per_token = -is_weights * torch.min(ratio * advantages, clipped * advantages)  # [B, C]
-    sums = {}
+    sums = {
+        "clip_low": ((ratio < 1 - args.clip_low) & (advantages < 0) & mask).sum(),
+        "clip_high": ((ratio > 1 + args.clip_high) & (advantages > 0) & mask).sum(),
+        "approx_kl": (ratio - 1 - log_ratio).detach().sum(),
+    }
     if ref_logps is not None:
         log_ref = (ref_logps - logps).masked_fill(~mask, 0.0)
         k3 = log_ref.exp() - log_ref - 1
-        per_token = per_token + kl_coef * k3
+        per_token = per_token + args.kl_coef * k3
         sums["kl"] = k3.detach().sum()
     per_token = per_token.masked_fill(~mask, 0.0)
-    if loss_type == "grpo":
+    if args.loss_type == "grpo":
         per_token = per_token / mask.sum(1, keepdim=True).clamp(min=1)
-    sums["clip_low"] = ((ratio < 1 - clip_low) & (advantages < 0) & mask).sum()
-    sums["clip_high"] = ((ratio > 1 + clip_high) & (advantages > 0) & mask).sum()
-    sums["approx_kl"] = (ratio - 1 - log_ratio).detach().sum()  # k3 of KL(old || new); padding adds 0
     return per_token.sum() / denominator, sums
-# ---- vLLM ------------------------------------------------------------------------------------------------------------
-def make_engine(args, device, max_model_len: int):
-    """A vLLM engine in this process, with random weights until the first `sync_weights`."""
-    options = {"gpu_memory_utilization": args.gpu_memory_utilization, "enable_sleep_mode": args.vllm_sleep}
-    if device.type == "cpu":  # a KV cache that does not depend on how much memory happens to be free
-        options = {"kv_cache_memory_bytes": 2**28, "enforce_eager": True}
-    if WORLD_SIZE > 1:
-        options["distributed_executor_backend"] = "external_launcher"  # no workers: each rank its own engine
-    dtype = "bfloat16" if device.type == "cuda" else "float32"  # "auto" would read fp32 checkpoints as fp16
-    try:
-        from vllm import LLM
-        llm = LLM(model=args.model_name, tokenizer=getattr(args, "tokenizer_name", "") or None, load_format="dummy",
-                  dtype=dtype, max_model_len=max_model_len, seed=args.seed, trust_remote_code=args.trust_remote_code,
-                  logprobs_mode="processed_logprobs", **options)
-    except Exception as error:  # import, memory and configuration errors have no common base class
-        fail(f"vLLM did not start with {args.model_name} on a {device.type} ({' '.join(str(error).split())[:300]}); it "
-             "takes requirements.txt, without a GPU tests/requirements-cpu.txt.")
-    if WORLD_SIZE > 1:  # each rank answers its share of the prompts, and all get all answers
-        own = llm.generate
-        def generate(prompts, *arguments, **options):
-            draws, state = np.random.randint(2**32, size=WORLD_SIZE), np.random.get_state()  # alike on all ranks
-            for set_seed in (np.random.seed, torch.manual_seed):  # vLLM draws from torch's, on a GPU from numpy's
-                set_seed(int(draws[RANK]))
-            shares = gather(own(prompts[RANK::WORLD_SIZE], *arguments, **options))
-            np.random.set_state(state)
-            return [shares[i % WORLD_SIZE][i // WORLD_SIZE] for i in range(len(prompts))]
-        llm.generate = generate
-    return llm
 
-def rollout(llm, prompts: list[list[int]], n: int, temperature: float, max_new_tokens: int) -> list[dict]:
+
+# ---- Policy and log-probabilities ------------------------------------------------------------------------------------
+def check_model(model_name: str):
+    """End the program if the model cannot be trained here. It runs before the engine, whose start takes minutes."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model_name).get_text_config()
+    after_the_head = ("final_logit_softcapping", "logits_soft_cap", "logits_scaling", "logit_scale")
+    experts = ("num_experts", "num_local_experts", "n_routed_experts")
+    for name in (*after_the_head, *experts):
+        if getattr(config, name, None) not in (None, 0, 1):
+            kind = "mixtures of experts" if name in experts else "logits that change after the head"
+            sys.exit(f"error: {model_name} sets {name}: {kind} are not supported; use another model.")
+    if Path(model_name).is_dir() and not any(Path(model_name).glob("*.safetensors")):
+        sys.exit(f"error: {model_name} holds no *.safetensors; save the weights there with save_pretrained.")
+
+
+def load_model(model_name: str, dtype: torch.dtype):
+    """The causal language model with weights in `dtype` on DEVICE; dropout is off, as it is when sampling."""
+    from transformers import AutoModelForCausalLM
+
+    with plain_error(f"the weights of {model_name} cannot be read"):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            model_name, dtype=dtype, device_map=DEVICE, use_safetensors=True, output_loading_info=True
+        )
+    if loading["missing_keys"]:
+        sys.exit(
+            f"error: {model_name} lacks weights, {sorted(loading['missing_keys'])[:3]} and so on; save them again."
+        )
+    for module in model.modules():
+        module.do_not_compile = True  # of classes that vLLM has taken over: not for vLLM to compile
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    return model
+
+
+class Policy(nn.Module):
+    """A causal language model whose forward pass returns log-probabilities of completion tokens.
+
+    With lora_r its base weights are frozen and adapters, in fp32, are trained; else all weights are. What is trained
+    belongs in fp32: an update of 1e-6 is lost on a bf16 weight.
+    """
+
+    def __init__(self, model_name: str, dtype: torch.dtype, lora_r: int, lora_alpha: int):
+        super().__init__()
+        self.model = load_model(model_name, dtype)
+        if DEVICE.type == "cuda":
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if lora_r:
+            from peft import LoraConfig, get_peft_model
+
+            config = LoraConfig(r=lora_r, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+            self.model = get_peft_model(self.model, config)
+            for module in self.model.modules():
+                if hasattr(module, "cast_input_dtype_enabled"):
+                    module.cast_input_dtype_enabled = False  # to fp32, which autocast only casts back
+        self.train()
+        if WORLD_SIZE > 1:
+            self.shard()
+
+    def shard(self):
+        """FSDP2: each rank keeps a share of every weight, and a layer is whole while it is computed."""
+        # On a GPU weights travel in bf16, in which autocast computes anyway; gradients are summed in fp32.
+        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if DEVICE.type == "cpu":
+            precision = MixedPrecisionPolicy()
+        layers = [module for module in self.modules() if type(module).__name__ in (self.base._no_split_modules or ())]
+        for module in [*layers, self]:
+            fully_shard(module, mp_policy=precision)
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)  # a sum: the loss is divided by what all ranks hold
+
+    @property
+    def base(self):
+        """The model without peft's wrapper; its linear layers still hold the adapters."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def forward(self, ids, prompt_lens, completion_lens, temperature: float):
+        """Log-probability of every completion token in nats, [B, C] fp32, 0 after a completion's end.
+
+        ids [B, T]: prompt + completion, right-padded (attention is causal: pads to the right change nothing, and no
+        mask is needed). Only positions that predict a completion token reach the head, HEAD_CHUNK at a time, and the
+        backward pass recomputes their logits: there never is a [B, T, vocabulary].
+        """
+        position = torch.arange(ids.shape[1] - 1, device=ids.device)
+        ends = (prompt_lens + completion_lens)[:, None]
+        predicts = (position >= prompt_lens[:, None] - 1) & (position < ends - 1)  # [B, T - 1]
+        # FSDP frees a whole weight after use: autocast must not keep its bf16 copy then
+        with torch.autocast("cuda", torch.bfloat16, DEVICE.type == "cuda", cache_enabled=WORLD_SIZE == 1):
+            hidden = self.base.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden, targets = hidden[:, :-1][predicts], ids[:, 1:][predicts]  # [n, H], [n]
+            logps = []
+            for chunk in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
+                logps.append(checkpoint(self.head, *chunk, temperature, use_reentrant=False, preserve_rng_state=False))
+        mask = torch.arange(int(completion_lens.max()), device=ids.device) < completion_lens[:, None]  # [B, C]
+        return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, torch.cat(logps))
+
+    def head(self, hidden, targets, temperature: float):
+        """log p(target) [n] in nats at hidden states [n, H]; formed in fp32, as bf16 is wrong in the third digit."""
+        logits = self.base.get_output_embeddings()(hidden).float()  # [n, vocabulary]
+        if temperature != 1.0:
+            logits = logits / temperature
+        return -F.cross_entropy(logits, targets, reduction="none")
+
+    def merged_weights(self):
+        """(name, tensor) of every weight, whole, under its Hugging Face name; LoRA as W + (alpha / r) B A, in fp32.
+
+        One layer at a time into a temporary, never in place, which would drift in bf16.
+        """
+        for name, weight in self.base.state_dict().items():
+            if ".lora_" in name:
+                continue
+            if name.endswith(".base_layer.weight"):
+                layer = self.base.get_submodule(name.removesuffix(".base_layer.weight"))
+                weight = weight.float() + layer.get_delta_weight("default")  # (alpha / r) B A
+            yield name.replace(".base_layer.", "."), whole(weight)
+
+
+@torch.no_grad()
+def score(policy, prompts, completions, args, pad_id: int) -> torch.Tensor:
+    """Log-probabilities [B, C] of B completions given B prompts (lists of token ids), on the CPU, 0 after the end."""
+    logps = torch.zeros(len(prompts), max(map(len, completions), default=0))
+    lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    for rows in micro_batches(lengths, args.max_tokens_per_microbatch):
+        batch = pad_batch([prompts[i] for i in rows], [completions[i] for i in rows], pad_id)
+        part = policy(*batch, args.temperature)
+        logps[rows, : part.shape[1]] = part.cpu()
+    if WORLD_SIZE > 1:  # each rank has filled in its own rows; on GPUs only NCCL exists, which knows no CPU tensors
+        logps = logps.to(DEVICE)
+        dist.all_reduce(logps)
+    return logps.cpu()
+
+
+# ---- Batches ---------------------------------------------------------------------------------------------------------
+def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """This rank's rows of batches of similar length, longest first.
+
+    A rank's rows x its longest row are at most max_tokens (but at least one row), and a batch ends where MAX_PADDING
+    of it would be pads. All ranks get equally many batches; of the last a rank may have no row.
+    """
+    batches = []
+    tokens = 0  # of the last batch, without pads
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches:
+            longest, rows = lengths[batches[-1][0]], len(batches[-1])
+            full = rows >= WORLD_SIZE * max(1, max_tokens // longest)
+            padded = tokens + lengths[i] < (1 - MAX_PADDING) * (rows + 1) * longest
+        if not batches or full or (padded and rows % WORLD_SIZE == 0):
+            batches.append([])
+            tokens = 0
+        batches[-1].append(i)
+        tokens += lengths[i]
+    return [batch[RANK::WORLD_SIZE] for batch in batches]
+
+
+def pad_batch(prompts, completions, pad_id: int) -> list[torch.Tensor]:
+    """Right-padded prompt + completion: ids [B, T], prompt lengths [B], completion lengths [B], on DEVICE.
+
+    Example: prompts [[5, 6], [7]], completions [[8], [9, 1]] -> ids [[5, 6, 8], [7, 9, 1]], [2, 1], [1, 2].
+    """
+    if not prompts:  # a rank without rows runs a pad, which adds 0 to every sum and gradient
+        prompts, completions = [[pad_id]], [[]]
+    rows = [torch.tensor(prompt + completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    prompt_lens = torch.tensor([len(prompt) for prompt in prompts])
+    completion_lens = torch.tensor([len(completion) for completion in completions])
+    return [tensor.to(DEVICE) for tensor in (ids, prompt_lens, completion_lens)]
+
+
+# ---- vLLM ------------------------------------------------------------------------------------------------------------
+def make_engine(args, max_model_len: int):
+    """A vLLM engine in this process, with random weights until the first `sync_weights`."""
+    if DEVICE.type == "cuda":
+        options = {"dtype": "bfloat16", "gpu_memory_utilization": args.gpu_memory_utilization}
+        options |= {"enable_sleep_mode": True, "sleep_mode_offload_cudagraph": True}
+    else:  # a cache that does not depend on how much memory happens to be free
+        options = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 2**28}
+    if WORLD_SIZE > 1:
+        options["distributed_executor_backend"] = "external_launcher"  # each rank has an engine of its own
+    packages = "requirements.txt, without a GPU tests/requirements-cpu.txt"
+    with plain_error(f"vLLM did not start with {args.model_name} on a {DEVICE.type}; it takes {packages}"):
+        from vllm import LLM
+
+        return LLM(
+            model=args.model_name,
+            load_format="dummy",
+            max_model_len=max_model_len,
+            seed=args.seed,
+            logprobs_mode="processed_logprobs",  # at the sampling temperature
+            use_tqdm_on_load=False,
+            **options,
+        )
+
+
+def sample(llm, prompts, n: int, temperature: float, max_new_tokens: int, seed: list[int]) -> list[dict]:
     """n completions of each prompt: [{"tokens", "logps", "finish_reason"}], the n of a prompt side by side.
 
     `logps` are vLLM's, of the sampled tokens at that temperature. No top-p, no top-k: the loss differentiates the full
-    distribution. A completion that ended by itself keeps its end token.
+    distribution. A completion that ended by itself keeps its end token. All draws follow from `seed`: a resumed run
+    needs no generator's state. With several ranks each answers every WORLD_SIZE-th prompt, and all get all answers.
     """
     from vllm import SamplingParams
-    sampling = SamplingParams(n=n, temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_new_tokens, logprobs=0,
-                              detokenize=False)
-    results = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
-    outputs = [output for result in results for output in result.outputs]
-    return [{"tokens": list(output.token_ids), "finish_reason": output.finish_reason,
-             "logps": [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)]}
-            for output in outputs]
 
-def merged_weights(policy):
-    """(name, tensor) of every weight, whole, under its Hugging Face name; LoRA as W + (alpha / r) B A, formed in fp32.
+    params = SamplingParams(n=n, temperature=temperature, max_tokens=max_new_tokens, logprobs=0, detokenize=False)
+    draw = int(np.random.SeedSequence([*seed, RANK]).generate_state(1)[0])
+    np.random.seed(draw)  # vLLM draws from numpy's generator on a GPU,
+    torch.manual_seed(draw)  # from torch's on a CPU
+    if not llm.reset_prefix_cache():  # it holds keys and values of older weights; and it would change the draws
+        sys.exit("error: vLLM did not reset its prefix cache; its completions would mix old and new weights.")
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts[RANK::WORLD_SIZE]]
+    answers = []
+    for result in llm.generate(requests, params, use_tqdm=False):
+        answers.append([])
+        for output in result.outputs:
+            tokens = list(output.token_ids)
+            logps = [entry[token].logprob for entry, token in zip(output.logprobs, tokens, strict=True)]
+            answers[-1].append({"tokens": tokens, "logps": logps, "finish_reason": output.finish_reason})
+    shares = gather(answers)
+    return [answer for i in range(len(prompts)) for answer in shares[i % WORLD_SIZE][i // WORLD_SIZE]]
 
-    One layer at a time into a temporary, never in place, which would drift in bf16. The engine rounds to its own dtype:
-    in bf16, entries of B A below half a step of W vanish there.
-    """
-    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    for name, weight in model.state_dict().items():
-        if ".base_layer." in name:
-            layer, name = model.get_submodule(name.split(".base_layer.")[0]), name.replace(".base_layer.", ".")
-            if name.endswith(".weight"):
-                weight = weight.float() + layer.get_delta_weight("default")  # (alpha / r) B A
-        if ".lora_" not in name:
-            yield name, unsharded(weight)
 
 @torch.no_grad()
-def sync_weights(llm, policy, sleep: bool):
-    """Wake the engine, push the policy's weights into it, drop cached prefixes, which hold the old weights' keys."""
-    if sleep:
+def sync_weights(llm, policy):
+    """Wake the engine and push the policy's weights into it."""
+    if DEVICE.type == "cuda":
         llm.wake_up(["weights"])
-    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": merged_weights(policy)})
-    if sleep:
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": policy.merged_weights()})
+    if DEVICE.type == "cuda":
         llm.wake_up(["kv_cache"])
-    if not llm.reset_prefix_cache():
-        raise RuntimeError("vLLM did not reset its prefix cache; its next completions would mix old and new weights.")
-# ---- Several processes, micro-batches --------------------------------------------------------------------------------
+
+
+# ---- Arguments, several processes, run folder ------------------------------------------------------------------------
+def check_arguments(args):
+    """End the program if an argument, or the machine, cannot work."""
+    positive = "num_steps questions_per_step max_new_tokens temperature max_z num_minibatches max_tokens_per_microbatch"
+    positive += " eval_every eval_samples save_every"
+    for name, value in asdict(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        if name in positive.split() and not value > 0:
+            sys.exit(f"error: {flag} is {value}; it must be over 0.")
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+            sys.exit(f"error: {flag} is {value}; it must be a finite number of at least 0.")
+    skills = args.max_z if args.skill_prefix else 1
+    if args.group_size < 2 or args.group_size % skills:
+        sys.exit(f"error: --group-size {args.group_size} must be a multiple of the {skills} skills, and at least 2.")
+    if args.group_by == "skill" and args.group_size < 2 * skills:
+        sys.exit(f"error: --group-by skill compares completions of one z: --group-size must be at least {2 * skills}.")
+    if args.skill_prefix and "{z}" not in args.skill_prefix:
+        sys.exit(f"error: --skill-prefix {args.skill_prefix!r} has no {{z}} in it: all skills would share a prompt.")
+    if not args.skill_prefix and (args.alpha_mi or args.mixture_kl_coef):
+        sys.exit('error: --skill-prefix "" leaves no skills to tell apart; add --alpha-mi 0, no --mixture-kl-coef.')
+    if torch.version.cuda and DEVICE.type == "cpu":
+        sys.exit(
+            f"error: torch {torch.__version__} finds no GPU that it can use; nvidia-smi must show a driver for CUDA "
+            f"{torch.version.cuda} or later. For a machine without a GPU take tests/requirements-cpu.txt."
+        )
+
+
 def gather(value) -> list:
     """[the value of rank 0, of rank 1, ...] on every rank, [value] in one process; also a barrier: all must call it."""
     values = [value] * WORLD_SIZE
     if WORLD_SIZE > 1:
-        torch.distributed.all_gather_object(values, value)
+        dist.all_gather_object(values, value)
     return values
 
-def unsharded(tensor):
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or all of it where FSDP has sharded it; all ranks must call it then."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
-def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Indices in batches of similar length, longest first, rows x longest row <= max_tokens (but at least one row).
 
-    With several ranks each has that limit, and returned are this rank's rows of every batch, of the last perhaps none:
-    so all ranks run equally many.
+def open_run(args, run_dir: Path) -> str:
+    """Make the run's folder and lock it; a sentence if this run cannot have it, else "".
+
+    The same --run-name goes on where it stopped, with the same arguments: only `free` ones may differ.
     """
-    batches = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or len(batches[-1]) >= WORLD_SIZE * max(1, max_tokens // lengths[batches[-1][0]]):
-            batches.append([])
-        batches[-1].append(i)
-    return [batch[RANK::WORLD_SIZE] for batch in batches]
+    free = "run_name output_dir track max_tokens_per_microbatch gpu_memory_utilization max_logp_diff save_every"
+    path = run_dir / "args.json"
+    try:
+        if run_dir.exists() and any(run_dir.iterdir()) and not path.exists():
+            return f"error: {run_dir} exists and holds no run; choose another --run-name."
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = os.open(run_dir / "lock", os.O_CREAT | os.O_RDWR)  # open, and so locked, until the process ends
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        before = json.loads(path.read_text()) if path.exists() else asdict(args)
+        for name, value in asdict(args).items():
+            if name not in free.split() and before.get(name) != value:
+                flag = f"--{name.replace('_', '-')}"
+                return f"error: {flag} of {run_dir} was {before.get(name)!r}, not {value!r}; choose another --run-name."
+        path.with_suffix(".tmp").write_text(json.dumps(asdict(args), indent=2))
+        path.with_suffix(".tmp").rename(path)
+    except BlockingIOError:
+        return f"error: another process runs {run_dir}; wait for its end, or choose another --run-name."
+    except (OSError, ValueError) as error:
+        return f"error: {run_dir} cannot be used ({error}); choose another --output-dir or --run-name."
+    return ""
 
-def pad_batch(prompts, completions, pad_id: int, device=None):
-    """Right-padded prompt + completion: ids [B, T], prompt lengths [B], completion lengths [B], on `device`.
 
-    Example: prompts [[5, 6], [7]], completions [[8], [9, 1]] -> ids [[5, 6, 8], [7, 9, 1]], [2, 1], [1, 2].
-    No rows become a pad without completion, which adds 0 to every sum and gradient.
-    """
-    prompts, completions = (prompts, completions) if prompts else ([[pad_id]], [[]])
-    rows = [torch.tensor(list(p) + list(c)) for p, c in zip(prompts, completions, strict=True)]
-    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)
-    lens = torch.tensor([list(map(len, prompts)), list(map(len, completions))])
-    return ids.to(device), *lens.to(device)
-# ---- Checkpoint ------------------------------------------------------------------------------------------------------
-def save_checkpoint(folder: Path, policy, optimizer, state: dict, keep_last: int):
-    """Write weights, optimizer, random generators and `state` to folder/step_<step>, flushed, whole or not at all."""
-    from safetensors.torch import save_file
-    final, temporary = folder / f"step_{state['step']:06d}", folder / "unfinished"
-    gather(RANK == 0 and shutil.rmtree(temporary, ignore_errors=True))  # before any rank writes
-    temporary.mkdir(parents=True, exist_ok=True)
-    before = copy.copy(optimizer.state)
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
+def training_state(policy, optimizer) -> dict:
+    """{"policy", "optimizer"}: what is trained and its moments, by name, for torch.distributed.checkpoint."""
+    empty = not optimizer.state
     weights, moments = get_state_dict(policy, optimizer, options=StateDictOptions(ignore_frozen_params=True))
-    optimizer.state = before  # an empty one was filled, as if it had made a step
-    name, keys, *rest = np.random.get_state()
-    generators = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
-                  "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
-    training = {"generators": generators, "state": state}
-    if WORLD_SIZE > 1:  # each rank its shards; any number of ranks can go on from them
-        dcp.save({"policy": weights, "optimizer": moments}, checkpoint_id=temporary / "shards")
-    else:
-        names = [name for name, _ in policy.named_parameters() if name in weights]  # a tied head is there once
-        save_file({name: weights[name].cpu().contiguous() for name in names}, temporary / "policy.safetensors")
-        training["optimizer"] = moments
+    if empty:  # get_state_dict has filled it, as if a step had been made
+        optimizer.state.clear()
+    return {"policy": weights, "optimizer": moments}
+
+
+def save_checkpoint(folder: Path, policy, optimizer, state: dict):
+    """Write weights, moments and `state` to folder/step_<step>, whole or not at all; each rank writes its shards."""
+    temporary = folder / "unfinished"
     if RANK == 0:
-        torch.save(training, temporary / "training.pt")
-        for path in temporary.rglob("*.*"):
-            with open(path, "rb") as file:
+        shutil.rmtree(temporary, ignore_errors=True)
+    gather(None)  # before any rank writes
+    with plain_error(f"the checkpoint of step {state['step']} cannot be written to {folder}; make room"):
+        dcp.save(training_state(policy, optimizer), checkpoint_id=temporary)
+        if RANK == 0:
+            with open(temporary / "state.json", "w") as file:
+                json.dump(state | {"has_moments": bool(optimizer.state)}, file)
+                file.flush()
                 os.fsync(file.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        for old in sorted(folder.glob("step_*"))[:-keep_last]:
-            shutil.rmtree(old)
+            temporary.rename(folder / f"step_{state['step']:06d}")
+            for old in checkpoints(folder)[:-KEEP_CHECKPOINTS]:
+                shutil.rmtree(old)
     gather(None)  # no rank goes on, or ends, before
 
-def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
-    """Restore the newest undamaged checkpoint under `folder` in place; return its `state`, None if there is none."""
-    from safetensors.torch import load_file
-    for path in gather(sorted(folder.glob("step_*"), reverse=True))[0]:
-        sharded = (path / "shards").exists()
-        options = StateDictOptions(full_state_dict=not sharded, ignore_frozen_params=True, strict=False)
-        try:
-            training = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
-            if sharded:
-                weights, moments = copy.deepcopy(get_state_dict(policy, optimizer, options=options))
-                dcp.load({"policy": weights, "optimizer": moments}, checkpoint_id=path / "shards")
-            else:
-                weights, moments = load_file(path / "policy.safetensors"), training["optimizer"]
-        except (Exception, dcp.CheckpointException) as error:  # whatever is wrong with the files: the same answer
-            if RANK == 0:
-                print(f"warning: checkpoint {path} is damaged and passed over: {type(error).__name__}", file=sys.stderr)
-                path.rename(path.with_name(f"damaged_{path.name}_{int(time.time())}"))  # or it pushes sound ones out
-            continue
-        set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
-        generators = training["generators"]
-        for restore, key in (random.setstate, "python"), (np.random.set_state, "numpy"), (torch.set_rng_state, "torch"):
-            restore(generators[key])
-        if generators["cuda"] is not None:
-            torch.cuda.set_rng_state(generators["cuda"])
-        return training["state"]
-    return optimizer.state.clear()  # returns None; get_state_dict may have filled it
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints under `folder`, oldest first."""
+    return sorted(folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def load_checkpoint(path: Path, policy, optimizer) -> dict:
+    """Restore a checkpoint and return its `state`; one that cannot be read ends the program."""
+    with plain_error(f"{path} cannot be read; delete it, and the run goes on from the checkpoint before"):
+        state = json.loads((path / "state.json").read_text())
+        loaded = training_state(policy, optimizer)
+        if not state["has_moments"]:  # it was saved before the first optimizer step
+            del loaded["optimizer"]
+        dcp.load(loaded, checkpoint_id=path)
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)
+    moments = loaded.get("optimizer", {})
+    set_state_dict(policy, optimizer, model_state_dict=loaded["policy"], optim_state_dict=moments, options=options)
+    return state
+
 
 def save_final(folder: Path, policy, tokenizer, dtype):
     """A plain Hugging Face model folder (LoRA merged, its adapter under adapter/), complete as soon as it exists."""
-    from huggingface_hub import save_torch_state_dict
-    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    left_out = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    adapter = {n: unsharded(w).detach().to("cpu", copy=True) for n, w in policy.state_dict().items() if ".lora_" in n}
-    weights = {n: w.detach().to("cpu", dtype, copy=True).contiguous() for n, w in merged_weights(policy)
-               if RANK == 0 and n not in left_out}  # all ranks gather, rank 0 keeps and writes
+    tied = {"lm_head.weight"} if policy.base.config.tie_word_embeddings else set()
+    weights, adapter = {}, {}
+    for name, weight in policy.merged_weights():  # all ranks gather, rank 0 keeps
+        if RANK == 0 and name not in tied:
+            weights[name] = weight.detach().to("cpu", dtype, copy=True).contiguous()
+    for name, weight in policy.model.state_dict().items():
+        if ".lora_" in name:
+            adapter[name] = whole(weight).detach().to("cpu", copy=True)
     if RANK > 0:
         return
     temporary = folder.with_suffix(".unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_torch_state_dict(weights, temporary)
-    model.config.dtype = dtype
-    model.config.save_pretrained(temporary)
+    policy.base.config.dtype = dtype
+    policy.base.save_pretrained(temporary, state_dict=weights)
     tokenizer.save_pretrained(temporary)
-    (temporary / "generation_config.json").write_text(model.generation_config.to_json_string())  # as is, not validated
-    if policy is not model:
-        policy.save_pretrained(temporary / "adapter", state_dict=adapter)
+    if adapter:
+        policy.model.save_pretrained(temporary / "adapter", state_dict=adapter)
     temporary.rename(folder)
+
+
 # ---- The algorithm ---------------------------------------------------------------------------------------------------
 if __name__ == "__main__":
-    import tyro
-    from tqdm import tqdm
     args = tyro.cli(Args, description=__doc__)
-    if RANK > 0:  # rank 0 prints and writes
-        sys.stdout, args.track = open(os.devnull, "w"), False
+
+    check_arguments(args)
     num_skills = args.max_z if args.skill_prefix else 1  # N
-    copies = args.group_size // max(1, num_skills)  # completions of one (question, z)
-    check_arguments(args, positive=(
-        "num_steps questions_per_step max_new_tokens temperature update_epochs num_minibatches eval_samples keep_last "
-        "max_tokens_per_microbatch head_chunk max_z").split())
-    if args.group_size < 2 or args.group_size % num_skills:
-        fail(f"--group-size {args.group_size} must be a multiple of the {num_skills} skills, and at least 2.")
-    if args.group_by == "skill" and copies < 2:
-        fail(f"--group-by skill compares completions of one z; --group-size must be at least {2 * num_skills}.")
-    if args.skill_prefix and "{z}" not in args.skill_prefix:
-        fail(f"--skill-prefix {args.skill_prefix!r} has no {{z}} in it, so that all skills would get the same prompt.")
-    if not args.skill_prefix and (args.alpha_mi or args.mixture_kl_coef):
-        fail('--skill-prefix "" leaves no skills to tell apart; add --alpha-mi 0 and leave --mixture-kl-coef at 0.')
+    copies = args.group_size // num_skills  # completions of one (question, z)
 
     # data
-    problems, eval_problems = load_splits(args, args.questions_per_step)
-    tokenizer, context = load_tokenizer(args.model_name, args.system_prompt, args.trust_remote_code)
+    problems, eval_problems = load_problems(args.dataset, args.eval_dataset, args.eval_size)
+    if len(problems) < args.questions_per_step:
+        sys.exit(f"error: {args.dataset} leaves {len(problems)} training problems, too few for a step; add rows.")
+    tokenizer, context = load_tokenizer(args.model_name, args.system_prompt)
+    check_model(args.model_name)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @functools.lru_cache(maxsize=8192)
-    def encode(question, z=num_skills):
+    def encode(question, z=num_skills):  # token ids of the prompt; z in 1..N, None: no skill
         prefix = args.skill_prefix.replace("{z}", str(z)) if z is not None else ""
-        return encode_prompt(tokenizer, question, args.system_prompt, prefix)
+        return encode_prompt(tokenizer, prefix + question, args.system_prompt)
 
-    max_model_len = check_lengths(problems + eval_problems, encode, args.max_new_tokens, context)
+    longest = longest_prompt(problems + eval_problems, encode, args.max_new_tokens, context)
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # processes and run folder; rank 0 prints and writes
     if WORLD_SIZE > 1:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if device.type == "cuda" else -1)  # -1: does nothing
-        torch.distributed.init_process_group()  # gloo on the CPU, NCCL on GPUs; vLLM destroys all groups at exit
-    run_dir = Path(gather(open_run(args, __file__))[0])  # an earlier start of the same --run-name is resumed below
+        if DEVICE.type == "cuda":
+            torch.cuda.set_device(DEVICE)
+        dist.init_process_group()  # gloo on CPUs, NCCL on GPUs
+    if RANK > 0:
+        sys.stdout, args.track = open(os.devnull, "w"), False
+    model_label = Path(args.model_name).name
+    run_name = args.run_name or f"{Path(__file__).stem}__{model_label}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.output_dir) / gather(run_name)[0]
     metrics_path, samples_path = run_dir / "metrics.jsonl", run_dir / "samples.jsonl"
+    if (run_dir / "final").exists():
+        print(f"{run_dir} is complete, its model is in {run_dir}/final; another --run-name starts a new run.")
+        sys.exit(0)
+    refusal = gather(open_run(args, run_dir) if RANK == 0 else "")[0]
+    if refusal:
+        sys.exit(refusal)
+    if args.track:
+        import wandb
 
-    # engine first (it measures free memory and reseeds everything), then seeds, then the policy
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    sleep = args.vllm_sleep and device.type == "cuda"
-    llm = make_engine(args, device, max_model_len)
-    if sleep:
-        llm.sleep(level=2)  # drops the weights; sync_weights sends them again
-    for set_seed in (random.seed, np.random.seed, torch.manual_seed):
-        set_seed(args.seed)
-    policy = load_policy(args, device, dtype if args.lora_r else torch.float32, args.lora_r)
-    reference = policy  # LoRA: the same model with its adapters off
-    if not args.lora_r and (args.kl_coef or args.mixture_kl_coef):
-        reference = load_policy(args, device, dtype, 0)
+        with plain_error("--track does not work; run `wandb login`, or set WANDB_MODE=offline"):
+            wandb.init(name=run_dir.name, id=run_dir.name, resume="allow", config=asdict(args))
+            wandb.define_metric("*", step_metric="step")
+
+    # the engine first: it measures free memory and seeds all random generators; the policy follows while it sleeps
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    llm = make_engine(args, longest + args.max_new_tokens)
+    if DEVICE.type == "cuda":
+        llm.sleep(level=2)  # drops the weights, which sync_weights sends again
+    from vllm.config import set_current_vllm_config
+
+    torch.manual_seed(args.seed)
+    with set_current_vllm_config(llm.llm_engine.vllm_config):  # for classes that vLLM has taken over, like GPT-NeoX
+        policy = Policy(args.model_name, dtype if args.lora_r else torch.float32, args.lora_r, args.lora_alpha)
+        reference = policy  # LoRA: the same model with its adapters off
+        if not args.lora_r and (args.kl_coef or args.mixture_kl_coef):
+            reference = Policy(args.model_name, dtype, lora_r=0, lora_alpha=0)
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    sizes = {"pad_id": pad_id, "max_tokens": args.max_tokens_per_microbatch, "head_chunk": args.head_chunk}
     optimizer = torch.optim.AdamW(trainable, args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True)
 
+    room = 12 * (KEEP_CHECKPOINTS + 1) * sum(parameter.numel() for parameter in trainable)  # weights and moments
+    if shutil.disk_usage(run_dir).free < room:
+        sys.exit(f"error: checkpoints in {run_dir} need {room / 1e9:.1f} GB of disk; choose another --output-dir.")
+
     # resume: what was logged after the checkpoint is cut off and done again
-    gather(RANK == 0 and start_run(run_dir, args))
-    state = load_checkpoint(run_dir / "checkpoints", policy, optimizer) or {"step": 0, "logged": (0, 0)}
-    for path, size in zip((metrics_path, samples_path), state["logged"], strict=True):
-        with open(path, "ab") as file:
-            file.truncate(size)
+    state = {"step": 0, "metrics_bytes": 0, "samples_bytes": 0, "logp_limit": None}
+    saved = gather(checkpoints(run_dir / "checkpoints"))[0]
+    if saved:
+        state = load_checkpoint(saved[-1], policy, optimizer)
+    for path, size in (metrics_path, state["metrics_bytes"]), (samples_path, state["samples_bytes"]):
+        if path.exists() and path.stat().st_size < size:
+            sys.exit(f"error: {path} is shorter than at its checkpoint; restore it, or choose another --run-name.")
+        if RANK == 0:
+            with open(path, "ab") as file:
+                file.truncate(size)
+    logp_limit = args.max_logp_diff or state["logp_limit"]
     signals = []
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: signals.append(number))
-    if args.track:
-        import wandb
-        wandb.init(name=run_dir.name, id=run_dir.name, resume="allow", config=asdict(args))
-        wandb.define_metric("*", step_metric="step")
+
+    def write(path, records, mode="a"):
+        with plain_error(f"{path} cannot be written; make room, --run-name {run_dir.name} then goes on"):
+            with open(path if RANK == 0 else os.devnull, mode) as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
 
     def log(record):
-        with open(metrics_path if RANK == 0 else os.devnull, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        write(metrics_path, [record])
         if args.track:
             wandb.log(record)
 
     def reference_score(prompts, completions):  # [B, C]
-        with policy.disable_adapter() if args.lora_r else nullcontext():
-            return score(reference, prompts, completions, args.temperature, **sizes)
+        with policy.model.disable_adapter() if args.lora_r else nullcontext():
+            return score(reference, prompts, completions, args, pad_id)
 
-    def skill_logps(questions, completions, temperature):  # [B, N, C]
-        prompts = [encode(question, k) for question in questions for k in range(1, num_skills + 1)]
+    def skill_logps(questions, completions):  # [B, N, C]
+        prompts = [encode(question, k + 1) for question in questions for k in range(num_skills)]
         repeated = [completion for completion in completions for _ in range(num_skills)]
-        return score(policy, prompts, repeated, temperature, **sizes).view(len(questions), num_skills, -1)
-
-    def skill_metrics(logps, z):  # I(y; z | x), whatever form is rewarded; behind a completion's end logps are 0
-        mi = mi_rewards(logps, z, torch.ones_like(logps[:, 0]).bool(), "seq").mean().item()
-        decoded = (logps.sum(-1).argmax(1) == z).float().mean().item()
-        return {"mi": mi, "mi_over_ln_n": mi / math.log(max(2, num_skills)), "z_decoded": decoded}
+        return score(policy, prompts, repeated, args, pad_id).view(len(questions), num_skills, -1)
 
     def run_evaluation(step):
-        started = time.perf_counter()
-        figures, rows = evaluate(
-            llm, tokenizer, eval_problems, encode, num_skills=num_skills if args.skill_prefix else 0,
-            num_samples=args.eval_samples * (1 if args.skill_prefix else args.max_z), temperature=args.eval_temperature,
-            max_new_tokens=args.max_new_tokens, answer_mode=args.answer_mode, seed=args.seed)
-        record = {"step": step, **{f"eval/{key}": value for key, value in figures.items()}}
-        if rows := [row for row in rows if row["arm"] == "distinct" and row["id"] < 50]:  # enough to estimate MI
-            asked, answered = [row["question"] for row in rows], [row["token_ids"] for row in rows]
-            logps = skill_logps(asked, answered, args.eval_temperature or 1.0)
-            measured = skill_metrics(logps, torch.tensor([row["z"] - 1 for row in rows]))
-            record |= {f"skill/eval_{key}": value for key, value in measured.items()}
-        log(record | {"time/eval": time.perf_counter() - started})
+        t0 = time.perf_counter()
 
-    steps = range(state["step"], args.num_steps)
-    bar = tqdm(steps, initial=steps.start, total=args.num_steps, file=sys.stdout, disable=None)  # None: on a terminal
+        def generate(prompts):
+            return sample(llm, prompts, 1, args.eval_temperature, args.max_new_tokens, [args.seed, step, 1])
+
+        skills = args.max_z if args.skill_prefix else 0
+        figures, rows = evaluate(
+            generate, tokenizer, eval_problems, encode, args.eval_samples, args.answer_mode, num_skills=skills
+        )
+        write(run_dir / "completions.jsonl", rows, mode="w")  # of the newest evaluation, for eval_gsm8k.py --compare
+        record = {"step": step} | {f"eval/{name}": value for name, value in figures.items()}
+        if args.skill_prefix:  # 50 problems are enough to estimate I(y; z | x)
+            rows_z = [row for row in rows if row["arm"] == "distinct" and row["id"] < 50]
+            logps_z = skill_logps([row["question"] for row in rows_z], [row["tokens"] for row in rows_z])
+            record |= skill_metrics(logps_z, torch.tensor([row["z"] - 1 for row in rows_z]), "eval")
+        log(record | {"time/eval": time.perf_counter() - t0})
+
+    sync_weights(llm, policy)
+    if state["step"] == 0:
+        run_evaluation(0)
+    steps = range(state["step"] + 1, args.num_steps + 1)
+    bar = tqdm(steps, initial=state["step"], total=args.num_steps, file=sys.stdout, disable=None)  # None: on a terminal
     for step in bar:
         t0 = time.perf_counter()
-        sync_weights(llm, policy, sleep)
-        t1 = time.perf_counter()
-        if step == 0 or (args.eval_every and step % args.eval_every == 0):
-            run_evaluation(step)
 
-        # rollout: group_size completions of each question, z = 1, .., 1, 2, .., 2, .., N
-        t2 = time.perf_counter()
-        epoch, position = divmod(step, len(problems) // args.questions_per_step)
+        # the learning rate: linear warm-up, then cosine decay to 0
+        lr = args.lr * min(1.0, step / max(1, args.warmup_steps))
+        if args.lr_schedule == "cosine":
+            progress = max(0, step - 1 - args.warmup_steps) / max(1, args.num_steps - args.warmup_steps)
+            lr = lr * (0.5 + 0.5 * math.cos(math.pi * progress))
+        optimizer.param_groups[0]["lr"] = lr
+
+        # rollout: group_size completions of each question, z = 0, .., 0, 1, .., 1, .., N - 1
+        epoch, position = divmod(step - 1, len(problems) // args.questions_per_step)
         order = np.random.default_rng([args.seed, epoch]).permutation(len(problems))
         chosen = order[position * args.questions_per_step :][: args.questions_per_step]
         batch = [problems[i] for i in chosen for _ in range(args.group_size)]
         questions = [problem["question"] for problem in batch]
-        z = torch.arange(num_skills).repeat_interleave(copies).repeat(args.questions_per_step)  # [B], 0..N-1
+        z = torch.arange(num_skills).repeat_interleave(copies).repeat(args.questions_per_step)  # [B]
         prompts = [encode(question, k + 1) for question, k in zip(questions, z.tolist(), strict=True)]
-        samples = rollout(llm, prompts[::copies], copies, args.temperature, args.max_new_tokens)
-        if sleep:
+        seed = [args.seed, step, 0]
+        samples = sample(llm, prompts[::copies], copies, args.temperature, args.max_new_tokens, seed)
+        if DEVICE.type == "cuda":
             llm.sleep(level=2)
-        tokens = [sample["tokens"] for sample in samples]
-        lengths = torch.tensor(list(map(len, tokens)))  # [B]
+        completions = [s["tokens"] for s in samples]
+        lengths = torch.tensor([len(completion) for completion in completions])  # [B]
         mask = torch.arange(int(lengths.max())) < lengths[:, None]  # [B, C]
-        vllm_logps = pad_sequence([torch.tensor(sample["logps"]) for sample in samples], batch_first=True)  # [B, C]
-        truncated = torch.tensor([sample["finish_reason"] == "length" for sample in samples])  # [B]
-        t3 = time.perf_counter()
+        vllm_logps = pad_sequence([torch.tensor(s["logps"]) for s in samples], batch_first=True)  # [B, C]
+        t1 = time.perf_counter()
 
         # reward: correctness, mutual information, and minus the drift of the mixture from the start
-        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         answers = [extract_answer(text, args.answer_mode) for text in texts]
         correct = torch.tensor([is_correct(a, row["gold"]) for a, row in zip(answers, batch, strict=True)])  # [B]
-        r_correct = 2.0 * correct - 1.0
-        t4 = time.perf_counter()
-        alpha = args.alpha_mi * min(1.0, (step + 1) / max(1, args.alpha_warmup_steps))
-        r_mi, r_mixture, logps_z = torch.zeros(len(batch)), torch.zeros(len(batch)), None
+        rewards = args.correct_coef * (2.0 * correct - 1.0)
+        metrics = {}
         if args.alpha_mi or args.mixture_kl_coef:
-            logps_z = skill_logps(questions, tokens, args.temperature)  # [B, N, C]
+            logps_z = skill_logps(questions, completions)  # [B, N, C]
+            metrics |= skill_metrics(logps_z, z, "skill")
+        if args.alpha_mi:
             r_mi = mi_rewards(logps_z, z, mask, args.mi_form)
-            r_mi = r_mi.clamp(-args.mi_clip, args.mi_clip) if args.mi_clip else r_mi
-            r_mi = r_mi.clamp(min=0) * correct if args.mi_gate else r_mi
+            if args.mi_gate:
+                r_mi = r_mi.clamp(min=0) * correct
+            rewards += args.alpha_mi * r_mi
+            metrics["skill/mi_reward"] = r_mi.mean().item()
         if args.mixture_kl_coef:
-            mixture = logps_z.sum(-1).logsumexp(1) - math.log(num_skills)  # [B]
-            r_mixture = reference_score([encode(question, None) for question in questions], tokens).sum(-1) - mixture
-        rewards = args.correct_coef * r_correct + alpha * r_mi + args.mixture_kl_coef * r_mixture  # [B]
+            log_mixture = logps_z.sum(-1).logsumexp(1) - math.log(num_skills)  # [B]
+            log_ref = reference_score([encode(question, None) for question in questions], completions).sum(-1)  # [B]
+            rewards += args.mixture_kl_coef * (log_ref - log_mixture)
+            metrics["skill/mixture_kl"] = (log_mixture - log_ref).mean().item()
         if args.shuffle_rewards:
             rewards = rewards[np.random.default_rng([args.seed, step, 2]).permutation(len(rewards))]
-        t5 = time.perf_counter()
+        rewards = gather(rewards)[0]  # rank 0's: a last bit of difference would part the ranks
+        if not rewards.isfinite().all():
+            sys.exit(f"error: a reward of step {step} is not finite: the policy gives NaN or infinity; lower --lr.")
+        t2 = time.perf_counter()
 
-        # advantages, within a question, or question and skill; of rank 0: a last bit of difference would part the ranks
-        groups = gather(rewards)[0].view(-1, args.group_size if args.group_by == "question" else copies)
-        advantages = group_advantages(groups, args.advantage_scale).flatten()  # [B]
+        # advantages within a question, or question and skill; groups whose rewards are all equal teach nothing
+        groups = rewards.view(-1, args.group_size if args.group_by == "question" else copies)
+        advantages = group_advantages(groups, args.loss_type).flatten()  # [B]
         varied = (groups.amax(1) > groups.amin(1)).repeat_interleave(groups.shape[1])  # [B]
-        kept = np.flatnonzero(varied) if args.drop_zero_variance else np.arange(len(batch))
 
-        # update
-        several = args.update_epochs * args.num_minibatches > 1  # else old is what the one forward pass below gives
-        old_logps = score(policy, prompts, tokens, args.temperature, **sizes) if several else None
-        ref_logps = reference_score(prompts, tokens) if args.kl_coef else None
-        per_token = [x if x is None else x.to(device) for x in (mask, vllm_logps, old_logps, ref_logps)]  # each [B, C]
-        progress = max(0, step - args.warmup_steps) / max(1, args.num_steps - args.warmup_steps)
-        decay = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 + 0.5 * math.cos(math.pi * progress)}
-        lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps)) * decay[args.lr_schedule]
-        optimizer.param_groups[0]["lr"] = lr
-        sums, grad_norms, diff_max = defaultdict(float), [], 0.0
-        shuffle = np.random.default_rng([args.seed, step, 1])
-        orders = [shuffle.permutation(kept) for _ in range(args.update_epochs)]
-        for minibatch in [part for order in orders for part in np.array_split(order, args.num_minibatches)]:
-            used = [i for i in minibatch if not (args.mask_truncated and truncated[i])]
-            denominator = {"dapo": int(lengths[used].sum()), "grpo": len(minibatch),
-                           "dr_grpo": len(minibatch) * args.max_new_tokens}[args.loss_type]
-            totals = [len(prompts[i]) + len(tokens[i]) for i in used]
-            for rows in [[used[j] for j in part] for part in micro_batches(totals, args.max_tokens_per_microbatch)]:
-                inputs = pad_batch([prompts[i] for i in rows], [tokens[i] for i in rows], pad_id, device)
-                logps, entropy = token_logprobs(policy, *inputs, args.temperature, args.head_chunk)
-                part_mask, vllm, old, ref = (x if x is None else x[rows, : logps.shape[1]] for x in per_token)
-                old = logps.detach() if old is None else old
-                is_weights = (old - vllm).exp().clamp(max=args.is_cap) if args.is_cap else torch.ones_like(old)
-                loss, part_sums = policy_loss(
-                    logps, old, advantages[rows].to(device), part_mask, args.loss_type, args.clip_low, args.clip_high,
-                    denominator, is_weights, ref, args.kl_coef)
+        # update; with one minibatch the old log-probabilities are, exactly, those of the forward pass that trains
+        old_logps = torch.zeros(mask.shape)
+        scored = np.flatnonzero(~varied if args.num_minibatches == 1 else torch.ones(len(batch)))
+        part = score(policy, [prompts[i] for i in scored], [completions[i] for i in scored], args, pad_id)
+        old_logps[scored, : part.shape[1]] = part
+        gap = (old_logps - vllm_logps).abs()[scored].sum().item() / WORLD_SIZE  # of all ranks together, summed below
+        ref_logps = reference_score(prompts, completions) if args.kl_coef else None
+        sums = defaultdict(float)
+        shuffled = np.random.default_rng([args.seed, step, 1]).permutation(np.flatnonzero(varied))
+        for number, minibatch in enumerate(np.array_split(shuffled, args.num_minibatches)):
+            denominator = len(minibatch)  # grpo
+            if args.loss_type == "dapo":
+                denominator = int(lengths[minibatch].sum())
+            elif args.loss_type == "dr_grpo":
+                denominator = len(minibatch) * args.max_new_tokens
+
+            totals = [len(prompts[i]) + len(completions[i]) for i in minibatch]
+            for part in micro_batches(totals, args.max_tokens_per_microbatch):
+                rows = minibatch[part]
+                inputs = pad_batch([prompts[i] for i in rows], [completions[i] for i in rows], pad_id)
+                logps = policy(*inputs, args.temperature)
+
+                def of_rows(x, rows=rows, width=logps.shape[1]):
+                    return x[rows, :width].to(DEVICE)
+
+                old = of_rows(old_logps)
+                if args.num_minibatches == 1:
+                    old = logps.detach()
+                    gap += (old - of_rows(vllm_logps)).abs().sum().item()
+                ref = of_rows(ref_logps) if args.kl_coef else None
+                is_weights = (old - of_rows(vllm_logps)).exp().clamp(max=args.is_cap)
+                row_mask, row_advantages = of_rows(mask), advantages[rows].to(DEVICE)
+                loss, row_sums = policy_loss(logps, old, row_advantages, row_mask, args, denominator, is_weights, ref)
                 loss.backward()
-                diff = (old - vllm).abs()
-                diff_max = max(diff_max, diff.max().item() if rows else 0.0)
-                part_sums |= {"loss": loss.detach(), "tokens": part_mask.sum(), "entropy": entropy.sum()}
-                part_sums |= {"logp_diff_mean": diff.sum(), "is_weight": (is_weights * part_mask).sum()}
-                for key, value in part_sums.items():
-                    sums[key] += value
-            gap, count = np.sum(gather([float(sums.get("logp_diff_mean", 0)), float(sums.get("tokens", 0))]), axis=0)
-            if not gap <= args.max_logp_diff * count:  # NaN fails too
-                fail(f"trainer and vLLM differ by {gap / count:.3f} nats a token in step {step + 1}, over "
-                     "--max-logp-diff: stale weights, another temperature or prompt, or changed logits?")
-            if used:
-                grad_norm = float(unsharded(torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm or math.inf)))
+                row_sums |= {"loss": loss.detach(), "tokens": row_mask.sum(), "entropy": -logps.detach().sum()}
+                row_sums["is_weight"] = (is_weights * row_mask).sum()
+                for key, value in row_sums.items():
+                    sums[key] += value.item()
+
+            # the self-check: stale weights, another temperature or another prompt show here, before the first update
+            if number == 0:
+                logp_diff = sum(gather(gap)) / int(lengths.sum())
+                if logp_limit is None:  # the weights are the loaded ones still: in bf16 this is rounding
+                    logp_limit = 1e-4 if dtype == torch.float32 else min(0.1, 3 * logp_diff)
+                if not logp_diff <= logp_limit:  # NaN fails too
+                    sys.exit(
+                        f"error: trainer and vLLM differ by {logp_diff:.2g} nats a token in step {step}, the limit is "
+                        f"{logp_limit:.2g} (--max-logp-diff): stale weights, another temperature or another prompt?"
+                    )
+            if len(minibatch):
+                grad_norm = whole(nn.utils.clip_grad_norm_(trainable, args.max_grad_norm)).item()
                 if not math.isfinite(grad_norm):
-                    fail(f"the gradient of step {step + 1} is {grad_norm}; the last checkpoint is sound: lower --lr.")
-                grad_norms.append(grad_norm)
+                    sys.exit(f"error: the gradient norm of step {step} is {grad_norm}; lower --lr.")
+                metrics["losses/grad_norm"] = grad_norm
                 optimizer.step()
                 optimizer.zero_grad()
-        shares, diff_max = gather({key: float(value) for key, value in sums.items()}), max(gather(diff_max))
-        sums.update({key: sum(share[key] for share in shares) for key in sums})
-        t6 = time.perf_counter()
+        shares = gather(dict(sums))
+        sums = {key: sum(share[key] for share in shares) for key in sums}
+        t3 = time.perf_counter()
+
+        # sync
+        sync_weights(llm, policy)
+        t4 = time.perf_counter()
 
         # log
-        mean = {key: float(value) / max(1.0, float(sums["tokens"])) for key, value in sums.items()}  # per trained token
-        seconds = t6 - t2 + t1 - t0  # without the evaluation
-        record = {
-            "step": step + 1, "global_step": (step + 1) * len(batch), "charts/learning_rate": lr,
-            "charts/accuracy": correct.float().mean().item(), "charts/zero_variance": 1 - varied.float().mean().item(),
-            "charts/reward": rewards.mean().item(), "charts/reward_std": rewards.std().item(),
-            "charts/length": lengths.float().mean().item(), "charts/truncated": truncated.float().mean().item(),
-            "charts/samples_per_second": len(batch) / seconds, "charts/tokens_per_second": int(lengths.sum()) / seconds,
-            "losses/policy_loss": float(sums["loss"]) / max(1, len(grad_norms)),
-            "losses/grad_norm": sum(grad_norms) / max(1, len(grad_norms)),
-            **{f"losses/{k}": mean[k] for k in ("entropy", "kl", "approx_kl", "clip_low", "clip_high") if k in mean},
-            **{f"rollout/{k}": mean[k] for k in ("logp_diff_mean", "is_weight") if k in mean},
-            **({"rollout/logp_diff_max": diff_max} if grad_norms else {}),
-            "time/sync": t1 - t0, "time/rollout": t3 - t2, "time/grading": t4 - t3, "time/scoring": t5 - t4,
-            "time/forward_backward": t6 - t5, "time/total": seconds,
-            "memory/peak_gb": (torch.cuda.max_memory_allocated() or 1024 * getrusage(RUSAGE_SELF).ru_maxrss) / 1e9,
-            **{f"skill/accuracy_{k + 1}": correct[z == k].float().mean().item() for k in range(num_skills)},
+        trained_tokens = sums.pop("tokens", 1)
+        metrics["losses/policy_loss"] = sums.pop("loss", 0.0) / args.num_minibatches
+        metrics |= {f"losses/{key}": value / trained_tokens for key, value in sums.items()}
+        metrics |= {
+            "rollout/logp_diff": logp_diff,
+            "charts/accuracy": correct.float().mean().item(),
+            "charts/reward": rewards.mean().item(),
+            "charts/reward_std": rewards.std().item(),
+            "charts/length": lengths.float().mean().item(),
+            "charts/truncated": float(np.mean([s["finish_reason"] == "length" for s in samples])),
+            "charts/zero_variance": 1 - varied.float().mean().item(),
+            "charts/learning_rate": lr,
+            "charts/tokens_per_second": int(lengths.sum()) / (t4 - t0),
+            "time/rollout": t1 - t0,
+            "time/reward": t2 - t1,
+            "time/update": t3 - t2,
+            "time/sync": t4 - t3,
         }
-        if logps_z is not None:
-            record |= {f"skill/{key}": value for key, value in skill_metrics(logps_z, z).items()}
-            record |= {"skill/mi_reward": r_mi.mean().item(), "skill/alpha": alpha}
-        if args.mixture_kl_coef:
-            record["skill/mixture_kl"] = -r_mixture.mean().item()
-        log(record)
-        terms = dict(reward=rewards, advantage=advantages, r_correct=r_correct, r_mi=r_mi, r_mixture=r_mixture)
-        with open(samples_path if RANK == 0 else os.devnull, "a") as file:
-            for i in range(args.group_size):  # the first question's whole group
-                row = {"step": step + 1, "z": int(z[i]) + 1, "question": questions[i], "completion": texts[i],
-                       "gold": batch[i]["gold"], "answer": answers[i], "finish_reason": samples[i]["finish_reason"]}
-                file.write(json.dumps(row | {key: value[i].item() for key, value in terms.items()}) + "\n")
-        shown = ("charts/accuracy", "charts/reward", "skill/mi", "charts/length", "time/total")
-        line = "  ".join(f"{key.split('/')[1]} {record[key]:.3f}" for key in shown if key in record)
-        print(f"step {step + 1}/{args.num_steps}  {line}", flush=True) if bar.disable else bar.set_postfix_str(line)
+        for k in range(num_skills):
+            metrics[f"skill/accuracy_{k + 1}"] = correct[z == k].float().mean().item()
+        log({"step": step, "global_step": step * len(batch)} | metrics)
+        rows = []
+        for i in range(args.group_size):  # the first question's whole group
+            row = {"step": step, "z": int(z[i]) + 1, "question": questions[i], "completion": texts[i]}
+            row |= {"answer": answers[i], "gold": batch[i]["gold"], "finish_reason": samples[i]["finish_reason"]}
+            rows.append(row | {"reward": rewards[i].item(), "advantage": advantages[i].item()})
+        write(samples_path, rows)
+        shown = ("charts/accuracy", "charts/reward", "skill/mi", "charts/length")
+        line = "  ".join(f"{key.split('/')[1]} {metrics[key]:.3f}" for key in shown if key in metrics)
+        if bar.disable:
+            print(f"step {step}/{args.num_steps}  {line}  seconds {t4 - t0:.2f}", flush=True)
+        else:
+            bar.set_postfix_str(line)
 
-        # checkpoint
+        # evaluation and checkpoint
         stop = max(gather(max(signals, default=0)))
-        if step + 1 == args.num_steps or (args.save_every and (step + 1) % args.save_every == 0) or stop:
-            state = {"step": step + 1, "logged": (metrics_path.stat().st_size, samples_path.stat().st_size)}
-            save_checkpoint(run_dir / "checkpoints", policy, optimizer, state, args.keep_last)
+        last = step == args.num_steps
+        if last or step % args.eval_every == 0:
+            run_evaluation(step)
+        if last or stop or step % args.save_every == 0:
+            state = {"step": step, "logp_limit": logp_limit}
+            state["metrics_bytes"] = metrics_path.stat().st_size
+            state["samples_bytes"] = samples_path.stat().st_size
+            save_checkpoint(run_dir / "checkpoints", policy, optimizer, state)
         if stop:
-            print(f"signal {stop}: saved after step {step + 1}; --run-name {run_dir.name} goes on from there.")
+            print(f"signal {stop}: saved after step {step}; --run-name {run_dir.name} goes on from there.")
             sys.exit(128 + stop)
 
-    sync_weights(llm, policy, sleep)
-    run_evaluation(args.num_steps)
+    # the end: the model, and what the run has changed
     save_final(run_dir / "final", policy, tokenizer, dtype)
-    records = map(json.loads, metrics_path.read_text().splitlines()) if RANK == 0 else sys.exit()
-    before, *_, after = [record for record in records if "eval/pass@1" in record]
-    print(f"\n{'':<28}{'before':>10}{'after':>10}")
-    for key in [key for key in after if key.startswith(("eval/", "skill/"))]:
-        print(f"{key:<28}{before[key]:>10.3f}{after[key]:>10.3f}")
-    print(f"model: {run_dir / 'final'}   metrics: {metrics_path}   samples: {samples_path}")
+    if RANK == 0:
+        records = [json.loads(line) for line in metrics_path.read_text().splitlines()]
+        evaluations = [record for record in records if "eval/pass@1" in record]
+        print(f"\n{'':<24}{'before':>10}{'after':>10}")
+        for key in evaluations[0]:
+            if key.startswith("eval/"):
+                print(f"{key:<24}{evaluations[0][key]:>10.3f}{evaluations[-1][key]:>10.3f}")
+        print(f"model: {run_dir / 'final'}   metrics: {metrics_path}   samples: {samples_path}")

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.nn.functional import logsigmoid
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from eval_gsm8k import (check_arguments, check_lengths, choice_figures, encode_prompt, extract_letter, fail,
+from first_edition import (check_arguments, check_lengths, choice_figures, encode_prompt, extract_letter, fail,
                         load_questions, load_tokenizer, open_run, read_rows, split_ids, start_run, user_message)
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 

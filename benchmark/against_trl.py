@@ -100,7 +100,7 @@ def make_answers(args, model: Path, folder: Path):
     """
     from transformers import AutoTokenizer
 
-    from eval_gsm8k import load_questions, split_ids, user_message
+    from first_edition import load_questions, split_ids, user_message
     from star_dpo import make_units
 
     questions = load_questions(str(TOY_MC / "questions.jsonl"))

@@ -25,7 +25,7 @@ import pandas
 import tyro
 from matplotlib.figure import Figure
 
-from eval_gsm8k import fail, paired_bootstrap
+from first_edition import fail, paired_bootstrap
 
 
 @dataclass

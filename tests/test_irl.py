@@ -15,7 +15,7 @@ from conftest import IRL_RUN, ROOT, TOY, stop_message
 from torch.nn.functional import cross_entropy
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from eval_gsm8k import extract_answer, to_number, with_calculation
+from first_edition import extract_answer, to_number, with_calculation
 from irl_imitation import (
     Args,
     corrupt,

@@ -11,7 +11,7 @@ import torch
 from conftest import IRL_RUN, ROOT, TOY, training
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval_gsm8k import load_problems
+from first_edition import load_problems
 
 README = (ROOT / "README.md").read_text()
 NOT_REPEATABLE = ("time/", "memory/", "charts/samples_per_second", "charts/tokens_per_second")

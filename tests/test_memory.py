@@ -389,7 +389,7 @@ def test_shots_are_turns_of_the_chat():
     """B18, B19: fixed examples, the same in training and evaluation, before the question and never it."""
     from transformers import AutoTokenizer
 
-    from eval_gsm8k import encode_prompt
+    from first_edition import encode_prompt
 
     tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
     text = tokenizer.decode(encode_prompt(tokenizer, "q?", "be brief", shots=[("1 + 1?", "2"), ("2 + 2?", "4")]))

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, STAR_RUN, TOY_MC, stop_message
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval_gsm8k import choice_figures, encode_prompt, extract_letter, load_questions, read_rows, split_ids
+from first_edition import choice_figures, encode_prompt, extract_letter, load_questions, read_rows, split_ids
 from star_dpo import (
     LEAK,
     Args,

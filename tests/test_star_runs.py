@@ -14,7 +14,7 @@ import time
 import pytest
 from conftest import ROOT, STAR_RUN, TOY_MC, training
 
-from eval_gsm8k import split_ids
+from first_edition import split_ids
 
 README = (ROOT / "README.md").read_text()
 NOT_REPEATABLE = ("time/", "memory/", "charts/samples_per_second", "charts/tokens_per_second")
