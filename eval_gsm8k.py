@@ -235,8 +235,8 @@ def plurality(answers: list[str | None], gold: str) -> bool:
 def question_scores(rows: list[dict]) -> dict[str, np.ndarray]:
     """{metric: [questions]} of the rows of one arm, questions in the order of their ids.
 
-    pass@k for k = 1..N distinct skills (arm "distinct") or k = 1..n samples (arm "iid"), and plurality over N or n, with
-    the first sample of each skill. ValueError: questions with unequal numbers of completions.
+    pass@k for k = 1..N distinct skills (arm "distinct") or k = 1..n samples (arm "iid"), plurality of the N (its mean
+    over the samples of each skill) or the n. ValueError: questions with unequal numbers of completions.
     """
     questions = defaultdict(lambda: defaultdict(list))  # id -> skill (None throughout the arm "iid") -> rows
     for row in rows:
@@ -248,29 +248,30 @@ def question_scores(rows: list[dict]) -> dict[str, np.ndarray]:
     scores = defaultdict(list)
     for _, skills in sorted(questions.items()):
         if None in skills:
-            voters = skills[None]
-            n, correct = len(voters), sum(row["correct"] for row in voters)
+            n, correct = len(skills[None]), sum(row["correct"] for row in skills[None])
             pass_k = [pass_at_k(n, correct, k) for k in range(1, n + 1)]
+            rounds = [skills[None]]
         else:
-            voters = [group[0] for group in skills.values()]
             shares = [float(np.mean([row["correct"] for row in group])) for group in skills.values()]
             pass_k = [pass_at_k_distinct(shares, k) for k in range(1, len(shares) + 1)]
+            rounds = list(zip(*skills.values(), strict=True))
         for k, value in enumerate(pass_k, start=1):
             scores[f"pass@{k}"].append(value)
-        if len(voters) > 1:
-            scores[f"plurality@{len(voters)}"].append(plurality([row["answer"] for row in voters], voters[0]["gold"]))
+        if len(rounds[0]) > 1:
+            votes = [plurality([row["answer"] for row in voters], voters[0]["gold"]) for voters in rounds]
+            scores[f"plurality@{len(rounds[0])}"].append(np.mean(votes))
     return {name: np.array(values, dtype=float) for name, values in scores.items()}
 
 
 @contextmanager
 def plain_error(sentence: str):
-    """Whatever goes wrong inside ends the program with this sentence, which says what to do, and the library's reason."""
+    """Whatever goes wrong inside ends the program: this sentence, which says what to do, and the library's reason."""
     try:
         yield
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException as error:  # hub, file, memory and configuration errors have no common base class
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[-300:]  # where a long message says it
         sys.exit(f"error: {sentence} ({type(error).__name__}: {reason})")
 
 
@@ -484,6 +485,8 @@ if __name__ == "__main__":
     import torch
 
     cuda = torch.cuda.is_available()
+    if not cuda:
+        torch.compiler.set_stance("force_eager")  # vLLM would compile one small function for 20 seconds
     with plain_error(f"vLLM did not start with {args.model_name}"):
         from vllm import LLM, SamplingParams
 

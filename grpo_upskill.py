@@ -379,7 +379,9 @@ def make_engine(args, max_model_len: int):
     if DEVICE.type == "cuda":
         options = {"dtype": "bfloat16", "gpu_memory_utilization": args.gpu_memory_utilization}
         options |= {"enable_sleep_mode": True, "sleep_mode_offload_cudagraph": True}
-    else:  # a cache that does not depend on how much memory happens to be free
+    else:
+        torch.compiler.set_stance("force_eager")  # vLLM would compile one small function for 20 seconds
+        # a cache that does not depend on how much memory happens to be free
         options = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 2**28}
     if WORLD_SIZE > 1:
         options["distributed_executor_backend"] = "external_launcher"  # each rank has an engine of its own

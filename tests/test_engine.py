@@ -8,18 +8,23 @@ import pathlib
 
 import pytest
 import torch
+from conftest import ROOT, SMALL_RUN, training
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import grpo_upskill
-from grpo_upskill import Args, load_policy, make_engine, merged_weights, rollout, score, sync_weights
+from grpo_upskill import Args, Policy, make_engine, sample, sync_weights
 
 TOY = pathlib.Path(__file__).parent / "toy" / "model"
-CPU = torch.device("cpu")
+SHORT = ["--eval-size", "2", "--eval-every", "100", "--save-every", "100"]
 
 
 def load(folder, lora_r):
     """The model in fp32, with LoRA adapters (alpha 16) if lora_r is not 0."""
-    return load_policy(Args(model_name=str(folder), lora_alpha=16), CPU, torch.float32, lora_r)
+    return Policy(str(folder), torch.float32, lora_r, 16)
+
+
+def score(policy, prompts, completions, temperature=1.0):
+    return grpo_upskill.score(policy, prompts, completions, Args(temperature=temperature), 0)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -44,7 +49,7 @@ def folder_and_engine(request, tmp_path_factory):
     )
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    engine = make_engine(Args(model_name=str(folder)), CPU, 512)
+    engine = make_engine(Args(model_name=str(folder)), 512)
     yield str(folder), engine
     del engine
 
@@ -62,18 +67,18 @@ def test_trainer_and_engine_agree_after_three_syncs(folder_and_engine, lora_r, t
     policy = load(folder, lora_r)
     trainable = [p for p in policy.parameters() if p.requires_grad]
     seen = []
-    for _ in range(3):
+    for number in range(3):
         with torch.no_grad():
             for parameter in trainable:
                 parameter.add_(0.05 * torch.randn_like(parameter))
-        sync_weights(llm, policy, sleep=False)
-        prompts = [prompt for prompt in long_prompts(policy.config.vocab_size) for _ in range(3)]
-        samples = rollout(llm, prompts[::3], 3, temperature, 24)
+        sync_weights(llm, policy)
+        prompts = [prompt for prompt in long_prompts(policy.base.config.vocab_size) for _ in range(3)]
+        samples = sample(llm, prompts[::3], 3, temperature, 24, [number])
         tokens = [s["tokens"] for s in samples]
-        ours = score(policy, prompts, tokens, temperature, 0, 4096, 64)
+        ours = score(policy, prompts, tokens, temperature)
         theirs = torch.zeros_like(ours)
-        for row, sample in zip(theirs, samples):
-            row[: len(sample["logps"])] = torch.tensor(sample["logps"])
+        for row, s in zip(theirs, samples):
+            row[: len(s["logps"])] = torch.tensor(s["logps"])
         assert (ours - theirs).abs().max() < 1e-4
         seen.append(ours[:, 0])
     assert (
@@ -81,13 +86,13 @@ def test_trainer_and_engine_agree_after_three_syncs(folder_and_engine, lora_r, t
     ).abs().max() > 0.05  # the pushes did change the policy: agreement is not by standing still
 
 
-def test_rollout_keeps_order_ends_and_limits(folder_and_engine):
+def test_sample_keeps_order_ends_and_limits(folder_and_engine):
     folder, llm = folder_and_engine
     policy = load(folder, 0)
-    sync_weights(llm, policy, sleep=False)
-    eos = policy.config.eos_token_id
+    sync_weights(llm, policy)
+    eos = policy.base.config.eos_token_id
     prompts = [[5, 6, 7], [8, 9]]
-    samples = rollout(llm, prompts, 40, 1.0, 30)
+    samples = sample(llm, prompts, 40, 1.0, 30, [1, 2])
     assert len(samples) == 80
     assert len({tuple(s["tokens"]) for s in samples}) > 70  # the copies of a prompt differ
     for s in samples:
@@ -95,14 +100,16 @@ def test_rollout_keeps_order_ends_and_limits(folder_and_engine):
         assert (s["finish_reason"] == "stop") == (s["tokens"][-1] == eos)
         assert (s["finish_reason"] == "length") == (s["tokens"][-1] != eos and len(s["tokens"]) == 30)
     assert {s["finish_reason"] for s in samples} == {"stop", "length"}  # the case is not vacuous
+    torch.rand(3)  # draws follow from the seed alone
+    assert sample(llm, prompts, 40, 1.0, 30, [1, 2]) == samples
+    assert sample(llm, prompts, 40, 1.0, 30, [1, 3]) != samples
 
 
 def test_reset_of_the_prefix_cache_is_needed_and_checked(folder_and_engine, monkeypatch):
     folder, llm = folder_and_engine
-    policy = load(folder, 0)
     monkeypatch.setattr(llm, "reset_prefix_cache", lambda: False)
-    with pytest.raises(RuntimeError, match="prefix cache"):
-        sync_weights(llm, policy, sleep=False)
+    with pytest.raises(SystemExit, match="prefix cache"):
+        sample(llm, [[5, 6]], 1, 1.0, 4, [1])
 
 
 def test_merged_weights_are_the_policy(tmp_path, folder_and_engine):
@@ -115,12 +122,57 @@ def test_merged_weights_are_the_policy(tmp_path, folder_and_engine):
                 parameter.normal_(std=0.1)
     grpo_upskill.save_final(tmp_path / "final", policy, AutoTokenizer.from_pretrained(folder), torch.float32)
     plain = load(tmp_path / "final", 0)
-    assert {n for n, _ in merged_weights(policy)} == set(plain.state_dict())
+    assert {n for n, _ in policy.merged_weights()} == set(plain.base.state_dict())
     prompts, tokens = [[5, 6, 7]], [[8, 9, 10, 11]]
-    expected = score(policy, prompts, tokens, 1.0, 0, 100, 8)
-    torch.testing.assert_close(score(plain, prompts, tokens, 1.0, 0, 100, 8), expected, atol=1e-5, rtol=0)
-    assert (expected - score(load(folder, 0), prompts, tokens, 1.0, 0, 100, 8)).abs().max() > 0.01
+    expected = score(policy, prompts, tokens)
+    torch.testing.assert_close(score(plain, prompts, tokens), expected, atol=1e-5, rtol=0)
+    assert (expected - score(load(folder, 0), prompts, tokens)).abs().max() > 0.01
     from peft import PeftModel
 
-    adapted = PeftModel.from_pretrained(load(folder, 0), tmp_path / "final" / "adapter")
-    torch.testing.assert_close(score(adapted, prompts, tokens, 1.0, 0, 100, 8), expected, atol=1e-5, rtol=0)
+    adapted = load(folder, 0)
+    adapted.model = PeftModel.from_pretrained(adapted.model, tmp_path / "final" / "adapter")
+    torch.testing.assert_close(score(adapted, prompts, tokens), expected, atol=1e-5, rtol=0)
+
+
+# A fault planted in the script by replacing its text: (before, after, arguments)
+SYNC = "        sync_weights(llm, policy)\n"
+FAULTS = {
+    "sync skipped every second step": (SYNC, "        if step % 2 == 0:\n    " + SYNC, []),
+    "never synced": (SYNC, "", []),
+    "sampled at another temperature": ("copies, args.temperature, args.max", "copies, 0.9, args.max", []),
+    "LoRA's delta dropped": (' + layer.get_delta_weight("default")', "", ["--lora-r", 4]),
+    "prefix cache not reset": ("if not llm.reset_prefix_cache():", "if False:", ["--system-prompt", "Think. " * 60]),
+    "top-p below 1": ("max_tokens=max_new_tokens, logprobs=0", "max_tokens=max_new_tokens, logprobs=0, top_p=0.9", []),
+    "trained without the prefix": (
+        "inputs = pad_batch([prompts[i] for i in rows]",
+        "inputs = pad_batch([encode(questions[i], None) for i in rows]",
+        [],
+    ),
+    "scored without the prefix": (
+        "score(policy, [prompts[i] for i in scored]",
+        "score(policy, [encode(questions[i], None) for i in scored]",
+        ["--num-minibatches", 2],
+    ),
+    "seen in groups without variance too": (SYNC, "", ["--alpha-mi", 0, "--correct-coef", 0, "--mixture-kl-coef", 0]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_self_check_stops_planted_faults(fault, tmp_path):
+    before, after, arguments = FAULTS[fault]
+    source = (ROOT / "grpo_upskill.py").read_text()
+    start, mark, algorithm = source.partition('if __name__ == "__main__":\n')
+    where = algorithm if before == SYNC else source
+    assert where.count(before) == 1, fault
+    faulty = start + mark + algorithm.replace(before, after) if before == SYNC else source.replace(before, after)
+    if "without variance" in fault:  # nothing is trained, so the weights are sent wrong
+        faulty = source.replace(
+            'yield name.replace(".base_layer.", "."), whole(weight)', "yield name, whole(weight) * 1.01"
+        )
+    (tmp_path / "grpo_faulty.py").write_text(faulty)
+    command = [*SMALL_RUN, *SHORT]
+    command[1] = str(tmp_path / "grpo_faulty.py")
+    process = training("--output-dir", tmp_path, "--num-steps", 5, "--lora-r", 0, *arguments, command=command)
+    output = process.communicate()[0]
+    assert process.returncode == 1 and "error: trainer and vLLM differ by" in output, output
+    assert not (tmp_path / "run" / "final").exists()

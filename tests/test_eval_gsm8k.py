@@ -4,21 +4,22 @@ import itertools
 import json
 import os
 import random
+import runpy
 import subprocess
 import sys
 import time
+import types
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from conftest import ROOT, TOY, training
 
 import eval_gsm8k as ev
 
-ROOT = Path(__file__).resolve().parent.parent
+MODES = ("strict", "flexible", "boxed", "xml", "auto")
 GSM8K = Path(os.environ.get("GSM8K_DIR", ROOT.parent / "shared" / "data" / "gsm8k"))
-TOY = ROOT / "tests" / "toy"
 
 # text, then what each mode finds: strict, flexible, boxed, xml, auto
 STRINGS = [
@@ -67,18 +68,41 @@ STRINGS = [
     ("The answer is eighteen.", None, None, None, None, None),
     ("", None, None, None, None, None),
     ("\x00\ufffd\u200b７", None, None, None, None, None),  # other scripts' digits are not read
+    ("\\boxed{2\\frac{1}{2}}", None, "2", "5/2", None, "5/2"),
+    ("$\\boxed{-\\frac12}$", None, "12", "-1/2", None, "-1/2"),
+    ("\\boxed{25\\text{ m}^2}", None, "2", "25", None, "25"),
+    ("The area is 25 cm^2.", None, "2", None, None, "25"),
+    ("so 25 m2 of carpet", None, "2", None, None, "25"),
+    ("\\boxed{3 \\times 10^4}", None, "4", "3e4", None, "3e4"),
+    ("It takes 2 1/2 hours", None, "2", None, None, "5/2"),
+    ("It takes 2½ hours", None, "2", None, None, "5/2"),
+    ("She made $2.5 million", None, "2.5", None, None, "2500000"),
+    ("Cela fait 1 234 567 euros", None, "567", None, None, "1234567"),
+    ("#### 5\n\nQuestion: What is 3 + 4?\nAnswer: 3 + 4 = 7\n#### 7", "5", "7", None, None, "5"),
+    ("Answer: 3 * 4 = 12 eggs = 1 dozen", None, "1", None, None, "12"),
+    ("所以答案是18。", None, "18", None, None, "18"),
+    ("She has 9 left for 3 days", None, "3", None, None, "9"),
+    ("First \\boxed{4}, then \\boxed{5}.", None, "5", "5", None, "5"),
+    ("Total: $120.\n\nLet me know if you want help with problem 3!", None, "3", None, None, "120"),
 ]
 
 
 @pytest.mark.parametrize("text, strict, flexible, boxed, xml, auto", STRINGS)
 def test_extract_answer(text, strict, flexible, boxed, xml, auto):
-    found = {mode: ev.extract_answer(text, mode) for mode in ev.ANSWER_MODES}
+    found = {mode: ev.extract_answer(text, mode) for mode in MODES}
     assert found == {"strict": strict, "flexible": flexible, "boxed": boxed, "xml": xml, "auto": auto}
 
 
-def test_unknown_mode():
-    with pytest.raises(ValueError, match="loose"):
-        ev.extract_answer("5", "loose")
+def test_completions_are_read_as_a_person_reads_them():
+    """240 completions written for the purpose, with the answer that a reader sees."""
+    rows = [json.loads(line) for line in (ROOT / "tests/cases/completions.jsonl").read_text().splitlines()]
+    wrong = []
+    for row in rows:
+        answer = ev.extract_answer(row["text"], "auto")
+        right = answer is None if row["answer"] is None else ev.is_correct(answer, row["answer"])
+        if not right:
+            wrong.append((row["text"], row["answer"], answer))
+    assert len(rows) == 240 and len(wrong) <= 4, wrong
 
 
 @pytest.mark.parametrize(
@@ -91,16 +115,6 @@ def test_unknown_mode():
 )
 def test_to_number(text, value):
     assert ev.to_number(text) == value
-
-
-@pytest.mark.parametrize(
-    "answer, gold",
-    [("It is 5.\n#### 1,080", "1080"), ("72", "72"), (" $1,234.50 ", "1234.50"), ("a #### 3 b #### -4", "-4")]
-    + [("#### 18 dollars", "18"), ("#### 5 or 6", None), ("#### x", None), ("18 dollars", None), ("", None)]
-    + [("#### 3/4", "3/4"), ("#### 10:30", None), ("#### ", None), ("#### 1e999", None)],
-)
-def test_parse_gold(answer, gold):
-    assert ev.parse_gold(answer) == gold
 
 
 def test_is_correct():
@@ -121,16 +135,16 @@ def test_any_text_is_graded_quickly():
     texts += [bytes(rng.randrange(256) for _ in range(n)).decode("utf-8", "replace") for n in range(300)]
     for text in texts:
         start = time.process_time()
-        for mode in ev.ANSWER_MODES:
+        for mode in MODES:
             answer = ev.extract_answer(text, mode)
             ev.is_correct(answer, "5")
-        ev.to_number(text), ev.parse_gold(text), ev.parse_gold("#### " + text)
+        ev.to_number(text)
         assert time.process_time() - start < 3, text[:50]
 
 
 @pytest.mark.skipif(not (GSM8K / "train.jsonl").exists(), reason=f"no GSM8K in {GSM8K}; set GSM8K_DIR")
 def test_all_gold_answers():
-    problems = {split: ev.load_problems(str(GSM8K / f"{split}.jsonl"), "", "") for split in ("train", "test")}
+    problems = {split: ev.load_split(str(GSM8K / f"{split}.jsonl"), split) for split in ("train", "test")}
     assert {split: len(rows) for split, rows in problems.items()} == {"train": 7473, "test": 1319}
     for split, rows in problems.items():
         lines = (GSM8K / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
@@ -164,7 +178,7 @@ def test_agrees_with_lm_evaluation_harness():
             answer = f"Because.\n#### {gold}"
             ignore = [",", "\\$", "(?s).*#### ", "\\.$"]
             verdict = metric([theirs], [answer], regexes_to_ignore=ignore, ignore_case=True)["exact_match"]
-            assert (ev.extract_answer(text, mode) == ev.parse_gold(answer)) == bool(verdict), (mode, text, gold, theirs)
+            assert (ev.extract_answer(text, mode) == gold.replace(",", "")) == bool(verdict), (mode, text, gold, theirs)
             right += int(verdict)
     assert 300 < right < 4000  # both verdicts occur
 
@@ -176,16 +190,14 @@ def test_pass_at_k_is_the_share_of_subsets():
                 subsets = list(itertools.combinations([i < c for i in range(n)], k))
                 assert ev.pass_at_k(n, c, k) == pytest.approx(np.mean([any(s) for s in subsets]), abs=1e-12)
     assert ev.pass_at_k(2000, 1, 1000) == pytest.approx(0.5)
-    for n, c, k in [(5, 2, 6), (5, 6, 2), (5, -1, 2), (5, 2, 0), (0, 0, 0)]:
-        with pytest.raises(ValueError):
-            ev.pass_at_k(n, c, k)
 
 
 def test_pass_at_k_distinct_is_the_share_of_subsets_and_unbiased():
     for counts, n in [([0, 1, 2], 2), ([3, 0, 1, 2], 3), ([0, 0, 0], 1), ([1, 0, 1, 0, 0], 1), ([2, 2], 2)]:
         for k in range(1, len(counts) + 1):
             miss = [np.prod([1 - c / n for c in chosen]) for chosen in itertools.combinations(counts, k)]
-            assert ev.pass_at_k_distinct(counts, n, k) == pytest.approx(1 - np.mean(miss), abs=1e-12)
+            shares = [c / n for c in counts]
+            assert ev.pass_at_k_distinct(shares, k) == pytest.approx(1 - np.mean(miss), abs=1e-12)
     # over all outcomes of n = 2 samples of N = 3 skills, weighted by probability, the mean is the true pass@k
     p, n = [0.2, 0.5, 0.9], 2
     for k in (1, 2, 3):
@@ -194,61 +206,27 @@ def test_pass_at_k_distinct_is_the_share_of_subsets_and_unbiased():
         for outcome in itertools.product([0, 1], repeat=len(p) * n):
             draws = np.array(outcome).reshape(len(p), n)
             weight = np.prod([q if hit else 1 - q for q, row in zip(p, draws, strict=True) for hit in row])
-            mean += weight * ev.pass_at_k_distinct(draws.sum(1).tolist(), n, k)
+            mean += weight * ev.pass_at_k_distinct(draws.mean(1).tolist(), k)
         assert mean == pytest.approx(truth, abs=1e-12)
-    for counts, n, k in [([1, 1], 1, 3), ([1, 1], 1, 0), ([2, 1], 1, 1), ([], 1, 1), ([0], 0, 1), ([-1], 1, 1)]:
-        with pytest.raises(ValueError):
-            ev.pass_at_k_distinct(counts, n, k)
 
 
 @pytest.mark.parametrize(
-    "answers, won, majority",
+    "answers, won",
     [
-        (["72", "72.00", "5"], True, True),
-        (["72", "5"], False, False),  # tie; half is not more than half
-        (["72", "5", "5.0"], False, False),
-        (["72", None, None, None], True, False),  # None is no answer, but a sample
-        (["72", "72", "5", "6"], True, False),
-        (["72", "72", "5", "5", "6"], False, False),
-        ([None, None], False, False),
-        (["", "x", "72"], True, False),
-        ([], False, False),
+        (["72", "72.00", "5"], True),
+        (["72", "5"], False),  # a tie
+        (["72", "5", "5.0"], False),
+        (["72", None, None, None], True),  # None is no answer
+        (["72", "72", "5", "6"], True),
+        (["72", "72", "5", "5", "6"], False),
+        ([None, None], False),
+        (["", "x", "72"], True),
+        ([], False),
     ],
 )
-def test_plurality_and_consensus(answers, won, majority):
+def test_plurality(answers, won):
     for order in itertools.permutations(answers):
         assert ev.plurality(list(order), "72") is won
-        assert ev.consensus(list(order), "72") is majority
-
-
-def test_wilson_interval():
-    assert ev.wilson_interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert ev.wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert ev.wilson_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    assert ev.wilson_interval(460, 500) == pytest.approx((0.8929, 0.9407), abs=1e-4)
-    for successes, n in [(1, 0), (-1, 5), (6, 5)]:
-        with pytest.raises(ValueError):
-            ev.wilson_interval(successes, n)
-
-
-def test_paired_bootstrap():
-    rng = np.random.default_rng(1)
-    b = rng.random(300)
-    better = ev.paired_bootstrap(b + 0.1 + 0.05 * rng.standard_normal(300), b)
-    assert 0.08 < better["low"] < better["difference"] < better["high"] < 0.12 and better["p"] < 0.001
-    worse = ev.paired_bootstrap(b, b + 0.1)
-    assert worse["difference"] == pytest.approx(-0.1) and worse["high"] < 0
-    assert ev.paired_bootstrap(b, b) == {"difference": 0, "low": 0, "high": 0, "p": 1}
-    a = (rng.random(400) < 0.5).astype(float)
-    unpaired = ev.paired_bootstrap(a, np.roll(a, 1))
-    error = (a - np.roll(a, 1)).std() / 20
-    assert unpaired["high"] - unpaired["low"] == pytest.approx(2 * 1.96 * error, rel=0.05) and unpaired["p"] > 0.9
-    assert ev.paired_bootstrap(a, b[:300].round().repeat(2)[:400], seed=3) == ev.paired_bootstrap(
-        a, b[:300].round().repeat(2)[:400], seed=3
-    )
-    for bad in ([], [1.0, 2.0]):
-        with pytest.raises(ValueError):
-            ev.paired_bootstrap(bad, bad[:1] if bad else [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,11 +243,11 @@ def test_question_scores():
     scores = {name: values.tolist() for name, values in ev.question_scores(rows).items()}
     assert scores["pass@1"] == pytest.approx([1 / 2, 1 / 3])
     assert scores["pass@2"] == pytest.approx([3 / 4, 2 / 3]) and scores["pass@3"] == pytest.approx([7 / 8, 1])
-    assert scores["plurality@3"] == [0.5, 0] and scores["consensus@3"] == [0.5, 0] and len(scores) == 5
+    assert scores["plurality@3"] == [0.5, 0] and len(scores) == 4
     rows = [row(i, "iid", z, a) for i in (0, 1) for z, a in ((1, "5"), (1, "5.0"), (3, None))]
     scores = {name: values.tolist() for name, values in ev.question_scores(rows).items()}
     assert scores["pass@1"] == pytest.approx([2 / 3] * 2) and scores["pass@2"] == scores["pass@3"] == [1, 1]
-    assert scores["plurality@3"] == scores["consensus@3"] == [1, 1] and len(scores) == 5
+    assert scores["plurality@3"] == [1, 1] and len(scores) == 4
     assert list(ev.question_scores([row(0, "iid", None, "5")])) == ["pass@1"]
     for uneven in (rows[:-1], rows + [row(2, "iid", 1, "5")], [row(0, "distinct", 1, "5"), row(1, "distinct", 2, "5")]):
         with pytest.raises(ValueError, match="same number"):
@@ -286,7 +264,7 @@ def write(path, rows):
     return path
 
 
-def test_compare(tmp_path):
+def test_compare(tmp_path, capsys):
     rng = random.Random(0)
     skills = [row(i, "distinct", z, rng.choice("5556")) for i in range(60) for z in (1, 2, 3)]
     skills += [row(i, "iid", 1, "6") for i in range(60)]  # the control arm of a file with skills is not compared
@@ -295,157 +273,131 @@ def test_compare(tmp_path):
     result = run("--compare", a, b)
     assert result.returncode == 0, result.stderr
     table = {line.split()[0]: line.split() for line in result.stdout.splitlines() if "[" in line}
-    assert set(table) == {"pass@1", "pass@3"}  # pass@k at the largest k of both; no plurality, 3 voters against 4
-    scores = ev.question_scores(skills[:180])["pass@1"] - ev.question_scores(plain)["pass@1"]
-    assert float(table["pass@1"][3]) == pytest.approx(scores.mean(), abs=1e-4) and float(table["pass@1"][-1]) < 0.001
-    swapped = run("--compare", b, a).stdout.splitlines()
-    assert next(line.split() for line in swapped if line.startswith("pass@1"))[3] == f"{-scores.mean():+.4f}"
-    assert {line.split()[0] for line in run("--compare", a, a).stdout.splitlines() if "[" in line} >= {"plurality@3"}
+    assert set(table) == {"pass@1", "pass@2", "pass@3"}  # no plurality: 3 voters against 4
+    difference = ev.question_scores(skills[:180])["pass@1"] - ev.question_scores(plain)["pass@1"]
+    assert float(table["pass@1"][3]) == pytest.approx(difference.mean(), abs=1e-4)
+    low, high = (float(word.strip("[],")) for word in table["pass@1"][4:])
+    error = difference.std() / 60**0.5
+    assert (low, high) == pytest.approx(difference.mean() + 1.96 * error * np.array([-1, 1]), abs=0.2 * error)
 
+    ev.compare(a, a)
+    assert capsys.readouterr().out.count("+0.0000  [+0.0000, +0.0000]") == 4
     other = write(tmp_path / "other.jsonl", [row(i, "iid", None, "5", question="other") for i in range(60)])
     uneven = write(tmp_path / "uneven.jsonl", plain[:-1])
-    (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "torn.jsonl").write_text('{"id": 0, "ar')
     write(tmp_path / "foreign.jsonl", [{"question": "q", "answer": "#### 5"}])
-    for bad, words in ((other, "different questions"), (write(tmp_path / "c", plain[:-4]), "different questions"),
-                       (uneven, "same number of completions"), (tmp_path / "missing", "No such file"),
-                       (tmp_path / "empty.jsonl", "no whole"), (tmp_path / "torn.jsonl", "no whole"),
-                       (tmp_path / "foreign.jsonl", "'arm'"), (tmp_path, "directory")):  # fmt: skip
-        result = run("--compare", a, bad)
-        assert result.returncode == 2 and result.stdout == "", bad
-        assert result.stderr.startswith("error: ") and words in result.stderr and result.stderr.count("\n") == 1, bad
+    write(tmp_path / "one.jsonl", plain[:4])
+    for bad, words in (
+        (other, "the same questions"),
+        (write(tmp_path / "c.jsonl", plain[:-4]), "the same questions"),
+        (uneven, "same number of completions"),
+        (tmp_path / "missing", "No such file"),
+        (write(tmp_path / "empty.jsonl", []), "no whole"),
+        (tmp_path / "torn.jsonl", "line 1 is not valid JSON"),
+        (tmp_path / "foreign.jsonl", "'arm'"),
+        (tmp_path, "directory"),
+    ):
+        with pytest.raises(SystemExit, match="error: .*" + words):
+            ev.compare(a, bad)
+    with pytest.raises(SystemExit, match="two at least"):
+        ev.compare(tmp_path / "one.jsonl", tmp_path / "one.jsonl")
 
 
-def test_command_line_errors(tmp_path):
-    """Every mistake gets one sentence and exit code 2; nothing is written."""
+def test_command_line_errors(tmp_path, monkeypatch):
+    """Every mistake gets one sentence, exit code 1; nothing is written."""
     data = tmp_path / "data.jsonl"
     data.write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
     (tmp_path / "bad.jsonl").write_text(data.read_text() + '{"question": "?", "answer": "two"}\n')
     done, empty = tmp_path / "done", tmp_path / "empty-model"
     done.mkdir(), empty.mkdir()
-    (done / "figures.json").write_text("{}")
-    model = ["--model-name", empty, "--dataset", data, "--output-dir", tmp_path / "out"]
+    (done / "completions.jsonl").write_text("{}")
+    model = ["--model-name", TOY / "model", "--system-prompt", "", "--dataset", data, "--output-dir", tmp_path / "out"]
     cases = [
         ([], "--model-name is missing"),
-        ([*model, "--num-samples", 0], "--num-samples is 0"),
-        ([*model, "--num-skills", -1], "--num-skills is -1"),
-        ([*model, "--temperature", -0.5], "--temperature is -0.5"),
-        ([*model, "--top-p", 0], "--top-p is 0.0"),
+        ([*model, "--num-samples", 0], "--num-samples and --max-new-tokens must be at least 1"),
+        ([*model, "--num-skills", -1], "--num-skills and --eval-size at least 0"),
+        ([*model, "--temperature", -0.5], "--temperature must be at least 0"),
+        ([*model, "--top-p", 0], "--top-p above 0 and at most 1"),
         ([*model, "--num-skills", 2, "--skill-prefix", "Skill: "], "{z}"),
-        ([*model, "--output-dir", done], "exists already"),
-        ([*model, "--num-shots", 1], "--num-shots with a local --dataset needs --shots-dataset"),
-        ([*model, "--dataset", tmp_path / "none.jsonl"], "does not exist"),
+        ([*model, "--output-dir", done], "is not overwritten"),
+        ([*model, "--output-dir", data / "folder"], "cannot be written; choose another --output-dir"),
+        ([*model, "--dataset", tmp_path / "none.jsonl"], "cannot be read"),
         ([*model, "--dataset", tmp_path / "bad.jsonl"], "bad.jsonl, line 2"),
-        (model, "empty-model"),
-        (["--model-name", tmp_path / "nowhere", *model[2:]], "cannot be used; give the hub id"),
+        ([*model, "--max-new-tokens", 1020], "more than the model's 1024"),
+        ([*model, "--model-name", empty], "empty-model cannot be used"),
+        ([*model, "--model-name", tmp_path / "nowhere"], "cannot be used; give the hub id"),
     ]
     for arguments, words in cases:
-        result = run(*arguments, cwd=tmp_path)
-        assert result.returncode == 2 and "Traceback" not in result.stderr, (arguments, result.stderr)
-        assert "error: " in result.stderr and words in result.stderr, (arguments, result.stderr)
-    assert not (tmp_path / "out").exists() and not (tmp_path / "runs").exists()
+        monkeypatch.setattr(sys, "argv", ["eval_gsm8k.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(ROOT / "eval_gsm8k.py"), run_name="__main__")
+        assert str(stopped.value.code).startswith("error: ") and words in stopped.value.code, (arguments, stopped.value)
+    assert not (tmp_path / "out").exists() and not (ROOT / "runs" / "eval-model-0").exists()
+    result = run("--model-name", tmp_path / "nowhere", "--dataset", data)  # as a user sees it
+    assert result.returncode == 1 and result.stdout == "" and result.stderr.count("\n") == 1
 
 
-def test_worked_examples():
-    problem = {"question": "1 + 1?", "answer": "1 + 1 = <<1+1=2>>2\n#### 2", "gold": "2"}
-    assert ev.worked_examples([problem], "Think.") == [("1 + 1?", "1 + 1 = 2\n#### 2")]
-    tags = "<reasoning>\n1 + 1 = 2\n</reasoning>\n<answer>\n2\n</answer>"
-    assert ev.worked_examples([problem], "Put the number into <answer> tags.") == [("1 + 1?", tags)]
-
-
-def test_import_is_light():
-    heavy = {"torch", "vllm", "transformers", "datasets", "tyro"}
-    code = f"import sys, eval_gsm8k; print(sorted({heavy} & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.stdout.strip() == "[]", result.stderr
-
-
-# One process: the command line as a user runs it, then its live engine through `evaluate`, as a training script does.
-DRIVER = """
-import runpy, sys
-import numpy as np
-
-sys.argv = sys.argv[1:]
-space = runpy.run_path(sys.argv[0], run_name="__main__")
-
-import torch
-
-def evaluate(problems=space["problems"], **options):
-    options = dict(num_samples=2, num_skills=3, temperature=0.8, max_new_tokens=60, seed=1) | options
-    return space["evaluate"](space["llm"], space["tokenizer"], problems, space["encode"], **options)
-
-def streams():
-    return torch.get_rng_state().tolist(), [str(part) for part in np.random.get_state()]
-
-torch.rand(7), np.random.rand(7)
-before = streams()
-again = evaluate()
-assert again == (space["figures"], space["rows"]), "the same seed did not repeat"
-assert streams() == before, "evaluation moved a random stream"
-figures, rows = evaluate(seed=2, iid=False)
-assert [row["token_ids"] for row in rows] != [row["token_ids"] for row in again[1] if row["arm"] == "distinct"]
-assert {row["arm"] for row in rows} == {"distinct"} and not any(name.startswith("iid") for name in figures)
-figures, rows = evaluate(space["problems"][:5], num_samples=4, num_skills=0, temperature=0)
-assert len(rows) == 20 and all(row["arm"] == "iid" and row["z"] is None for row in rows)
-assert len({tuple(row["token_ids"]) for row in rows if row["id"] == 0}) == 1, "greedy samples differ"
-assert figures["pass@4"] == figures["pass@1"] == figures["plurality@4"] == figures["consensus@4"]
-assert set(evaluate(space["problems"][:1], num_samples=1, num_skills=0)[0]) == {"pass@1", "pass@1_low", "pass@1_high",
-    "pass@1_strict", "pass@1_flexible", "truncated", "no_answer", "length"}
-for options, words in (({"problems": []}, "nothing to evaluate"), ({"num_samples": 0}, "nothing"),
-                       ({"max_new_tokens": 900}, "exceed")):
-    try:
-        evaluate(**options)
-    except ValueError as error:
-        assert words in str(error)
-    else:
-        raise AssertionError(f"{options} did not raise")
-assert streams() == before
-print("driver done")
-"""
-
-
-@pytest.mark.skipif(not (TOY / "model" / "config.json").exists(), reason="no toy model; run tests/toy/make_toy.py")
 def test_toy_model_on_vllm(tmp_path):
-    arguments = [ROOT / "eval_gsm8k.py", "--model-name", TOY / "model", "--dataset", TOY / "test.jsonl"]
-    arguments += ["--limit", 20, "--num-samples", 2, "--num-skills", 3, "--temperature", 0.8, "--max-new-tokens", 60]
-    arguments += ["--seed", 1, "--system-prompt", "", "--output-dir", tmp_path / "out"]
-    arguments += ["--num-shots", 1, "--shots-dataset", TOY / "train.jsonl"]
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, "-c", DRIVER, *map(str, arguments)]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0 and result.stdout.endswith("driver done\n"), result.stderr[-3000:]
+    arguments = ["--model-name", TOY / "model", "--dataset", TOY / "test.jsonl", "--eval-size", 20, "--seed", 1]
+    arguments += ["--num-samples", 2, "--num-skills", 3, "--temperature", 0.8, "--max-new-tokens", 60]
+    command = [sys.executable, ROOT / "eval_gsm8k.py", *arguments, "--system-prompt", ""]
+    process = training("--output-dir", tmp_path / "out", command=command)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
 
     rows = [json.loads(line) for line in (tmp_path / "out" / "completions.jsonl").read_text().splitlines()]
-    saved = json.loads((tmp_path / "out" / "figures.json").read_text())
-    figures, problems = saved["figures"], ev.load_problems(str(TOY / "test.jsonl"), "", "")[:20]
-    assert saved["args"]["num_skills"] == 3 and f"{figures['pass@3']:.4f}" in result.stdout
+    figures = json.loads((tmp_path / "out" / "figures.json").read_text())
+    problems = ev.load_split(str(TOY / "test.jsonl"), "test")[:20]
+    assert json.loads((tmp_path / "out" / "args.json").read_text())["num_skills"] == 3
+    assert f"{figures['pass@3']:.4f}" in output
     main, iid = ([r for r in rows if r["arm"] == arm] for arm in ("distinct", "iid"))
     assert len(main) == len(iid) == 20 * 2 * 3 and [r["z"] for r in main] == [1, 2, 3] * 40
     assert {r["z"] for r in iid} == {1, 2, 3}
-    keys = {"id", "arm", "z", "question", "prompt_token_ids", "token_ids", "completion", "finish_reason", "gold"}
     for r in rows:
-        assert set(r) == keys | {"answer", "correct", "correct_strict", "correct_flexible"}
         assert (problems[r["id"]]["question"], problems[r["id"]]["gold"]) == (r["question"], r["gold"])
-        assert (r["finish_reason"] == "length") == (len(r["token_ids"]) == 60) or r["finish_reason"] == "stop"
+        assert r["truncated"] <= (len(r["tokens"]) == 60)
         assert r["answer"] == ev.extract_answer(r["completion"], "auto") and "<|" not in r["completion"]
         assert r["correct"] == ev.is_correct(r["answer"], r["gold"])
-        assert r["correct_strict"] == (ev.extract_answer(r["completion"], "strict") == r["gold"])
-    prompts = {(r["id"], r["z"]): tuple(r["prompt_token_ids"]) for r in rows}
-    assert len(set(prompts.values())) == 60  # each skill of each question has its own prompt
-    ((question, answer),) = ev.worked_examples(ev.load_problems(str(TOY / "train.jsonl"), "", "")[:1], "")
-    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
-    for prompt in prompts.values():
-        assert tokenizer.decode(prompt).startswith(
-            f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}"
-        )
+        assert r["strict"] == (ev.extract_answer(r["completion"], "strict") == r["gold"])
     assert figures["pass@1"] == pytest.approx(np.mean([r["correct"] for r in main])) and figures["pass@1"] > 0
     assert figures["pass@1_low"] < figures["pass@1"] < figures["pass@1_high"]
     assert figures["pass@1"] <= figures["pass@2"] <= figures["pass@3"]
-    assert [k for k in figures if k.startswith("iid_")] == [f"iid_pass@{k}" for k in range(2, 7)]
-    assert figures["best_skill_accuracy"] == max(figures[f"skill_{z}_accuracy"] for z in (1, 2, 3))
-    assert figures["length"] == pytest.approx(np.mean([len(r["token_ids"]) for r in main]))
+    assert [k for k in figures if k.startswith("iid_")] == [f"iid_pass@{k}" for k in range(1, 7)]
+    assert figures["length"] == pytest.approx(np.mean([len(r["tokens"]) for r in main]))
 
-    repeated = run(*arguments[1:])
-    assert repeated.returncode == 2 and "exists already" in repeated.stderr
-    completions = tmp_path / "out" / "completions.jsonl"
-    assert run("--compare", completions, completions).stdout.count("+0.0000") >= 4
+    again = training("--output-dir", tmp_path / "again", command=command)
+    again.communicate()
+    assert (tmp_path / "again/completions.jsonl").read_text() == (tmp_path / "out/completions.jsonl").read_text()
+
+
+def test_completions_are_never_lost(tmp_path):
+    """They are printed where they cannot be written."""
+    arguments = ["--model-name", TOY / "model", "--dataset", TOY / "test.jsonl", "--eval-size", 2, "--num-skills", 2]
+    arguments += ["--system-prompt", "", "--max-new-tokens", 8, "--output-dir", tmp_path]
+    (tmp_path / "completions.jsonl").symlink_to("/proc/nowhere/completions.jsonl")
+    process = training(*arguments, command=[sys.executable, ROOT / "eval_gsm8k.py"])
+    output = process.communicate()[0]
+    assert process.returncode == 1 and "cannot be written" in output
+    rows = [json.loads(line) for line in output.splitlines() if line.startswith('{"id"')]
+    assert len(rows) == 2 * 2 * 2 and all(row["completion"] for row in rows)
+
+
+def test_what_evaluate_asks_for():
+    asked = []
+
+    def generate(prompts):
+        asked.extend(prompts)
+        return [{"tokens": [5], "finish_reason": "length" if "2 1?" in prompt else "stop"} for prompt in prompts]
+
+    tokenizer = types.SimpleNamespace(decode=lambda tokens, skip_special_tokens: "#### 5")
+    problems = [{"question": "1?", "gold": "5"}, {"question": "2?", "gold": "6"}]
+    figures, rows = ev.evaluate(generate, tokenizer, problems, lambda q, z: f"{z} {q}", num_samples=2)
+    assert asked == ["None 1?", "None 1?", "None 2?", "None 2?"] and figures["pass@2"] == figures["pass@1"] == 0.5
+    low, high = 0.0945, 0.9055  # Wilson, 1 of 2
+    assert (figures["pass@1_low"], figures["pass@1_high"]) == pytest.approx((low, high), abs=1e-4)
+    asked.clear()
+    figures, rows = ev.evaluate(generate, tokenizer, problems, lambda q, z: f"{z} {q}", num_skills=3, seed=3)
+    assert asked[:3] == ["1 1?", "2 1?", "3 1?"] and asked[6:9] == ["1 2?", "2 2?", "3 2?"]
+    assert asked[3:6] == [f"{row['z']} 1?" for row in rows[3:6]] and len(asked) == 12
+    assert figures["truncated"] == pytest.approx(1 / 6) and figures["skill_2_accuracy"] == 0.5
+    assert figures["pass@1_strict"] == figures["pass@1_flexible"] == 0.5 and figures["no_answer"] == 0

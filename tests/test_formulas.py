@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grpo_upskill import group_advantages, mi_rewards, policy_loss
+import grpo_perplexity
+from grpo_upskill import Args, group_advantages, mi_rewards, policy_loss
 
 CASES = json.loads((pathlib.Path(__file__).parent / "cases" / "grpo_cases.json").read_text())
 
@@ -22,9 +23,9 @@ def denominator(loss_type, mask, max_length):
 @pytest.mark.parametrize("case", CASES["advantage_cases"], ids=lambda case: case["name"])
 def test_group_advantages(case):
     rewards = torch.tensor([case["rewards"]], dtype=torch.double)
-    for scale, key in (("group", "adv_grpo_ddof1_eps1e_4"), ("none", "adv_dr_grpo_no_std")):
+    for loss_type, key in (("dapo", "adv_grpo_ddof1_eps1e_4"), ("dr_grpo", "adv_dr_grpo_no_std")):
         torch.testing.assert_close(
-            group_advantages(rewards, scale)[0], torch.tensor(case[key], dtype=torch.double), atol=1e-9, rtol=1e-8
+            group_advantages(rewards, loss_type)[0], torch.tensor(case[key], dtype=torch.double), atol=1e-9, rtol=1e-8
         )
 
 
@@ -33,7 +34,10 @@ def test_batch_scaled_advantages():
     rewards = torch.tensor(case["rewards"], dtype=torch.double)
     for scale, key in (("group", "group_scaled"), ("batch", "batch_scaled_group_mean_eps1e_4")):
         torch.testing.assert_close(
-            group_advantages(rewards, scale), torch.tensor(case[key], dtype=torch.double), atol=1e-9, rtol=1e-8
+            grpo_perplexity.group_advantages(rewards, scale),
+            torch.tensor(case[key], dtype=torch.double),
+            atol=1e-9,
+            rtol=1e-8,
         )
 
 
@@ -43,18 +47,9 @@ def test_policy_loss_values_and_gradients(case, loss_type):
     old, ref, advantages = (torch.tensor(case[k], dtype=torch.double) for k in ("old_logps", "ref_logps", "advantages"))
     new = torch.tensor(case["new_logps"], dtype=torch.double, requires_grad=True)
     mask = torch.tensor(case["mask"]).bool()
-    loss, sums = policy_loss(
-        new,
-        old,
-        advantages,
-        mask,
-        loss_type,
-        case["eps_low"],
-        case["eps_high"],
-        denominator(loss_type, mask, case["max_completion_length"]),
-        ref_logps=ref,
-        kl_coef=case["beta"],
-    )
+    args = Args(loss_type=loss_type, clip_low=case["eps_low"], clip_high=case["eps_high"], kl_coef=case["beta"])
+    whole = denominator(loss_type, mask, case["max_completion_length"])
+    loss, sums = policy_loss(new, old, advantages, mask, args, whole, torch.ones_like(old), ref)
     loss.backward()
     expected = case["expected"]
     assert loss.item() == pytest.approx(expected["loss"][loss_type], abs=1e-9)
@@ -73,8 +68,9 @@ def test_micro_batch_shares_add_up(loss_type):
     new, old, advantages = (torch.tensor(case[k]) for k in ("new_logps", "old_logps", "advantages"))
     mask = torch.tensor(case["mask"]).bool()
     whole = denominator(loss_type, mask, case["max_completion_length"])
+    args = Args(loss_type=loss_type, clip_high=0.2)
     shares = [
-        policy_loss(new[r], old[r], advantages[r], mask[r], loss_type, 0.2, 0.2, whole)[0].item()
+        policy_loss(new[r], old[r], advantages[r], mask[r], args, whole, torch.ones_like(old[r]))[0].item()
         for r in micro["micro_batches"]
     ]
     assert shares == pytest.approx(micro[f"{loss_type}_micro"], abs=1e-6)
@@ -94,19 +90,9 @@ def test_equals_trl(loss_type, seed):
     old, ref, vllm = (new.detach() + 0.4 * torch.randn(rows, columns, dtype=torch.double) for _ in range(3))
     advantages = torch.randn(rows, dtype=torch.double)
     is_weights = (old - vllm).exp().clamp(max=2.0)
-    ours, sums = policy_loss(
-        new,
-        old,
-        advantages,
-        mask,
-        loss_type,
-        0.2,
-        0.28,
-        denominator(loss_type, mask, max_length),
-        is_weights,
-        ref,
-        0.04,
-    )
+    args = Args(loss_type=loss_type, clip_low=0.2, clip_high=0.28, kl_coef=0.04)
+    whole = denominator(loss_type, mask, max_length)
+    ours, sums = policy_loss(new, old, advantages, mask, args, whole, is_weights, ref)
     ours_grad = torch.autograd.grad(ours, new)[0]
 
     config = SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1)
@@ -157,7 +143,7 @@ def test_on_policy_gradient_is_reinforce():
     """At ratio 1 the loss is -mean A whatever the policy, but its gradient is REINFORCE's, -A / tokens."""
     new = torch.tensor([[-1.0, -2.0], [-3.0, -9.0]], requires_grad=True)
     mask = torch.tensor([[True, True], [True, False]])
-    loss, _ = policy_loss(new, new.detach(), torch.tensor([1.0, -2.0]), mask, "dapo", 0.2, 0.2, 3)
+    loss, _ = policy_loss(new, new.detach(), torch.tensor([1.0, -2.0]), mask, Args(), 3, torch.ones(2, 2))
     loss.backward()
     assert loss.item() == 0.0
     torch.testing.assert_close(new.grad, torch.tensor([[-1.0, -1.0], [2.0, 0.0]]) / 3)
@@ -170,9 +156,8 @@ def test_values_behind_the_mask_change_nothing():
     for garbage in (0.0, -500.0, 500.0):
         new = torch.tensor([[-1.0, garbage], [-0.5, -0.2]], requires_grad=True)
         old = torch.tensor([[-1.1, -garbage], [-0.6, -0.1]])
-        loss, _ = policy_loss(
-            new, old, torch.tensor([1.0, -1.0]), mask, "grpo", 0.2, 0.2, 2, ref_logps=old, kl_coef=0.1
-        )
+        args = Args(loss_type="grpo", kl_coef=0.1)
+        loss, _ = policy_loss(new, old, torch.tensor([1.0, -1.0]), mask, args, 2, torch.ones(2, 2), old)
         loss.backward()
         results.append((loss.item(), new.grad.tolist()))
     assert results[0] == results[1] == results[2]
