@@ -507,11 +507,10 @@ def open_run(args, run_dir: Path) -> str:
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
 def training_state(policy, optimizer) -> dict:
     """{"policy", "optimizer"}: what is trained and its moments, by name, for torch.distributed.checkpoint."""
-    empty = not optimizer.state
-    weights, moments = get_state_dict(policy, optimizer, options=StateDictOptions(ignore_frozen_params=True))
-    if empty:  # get_state_dict has filled it, as if a step had been made
-        optimizer.state.clear()
-    return {"policy": weights, "optimizer": moments}
+    options = StateDictOptions(ignore_frozen_params=True)
+    weights, moments = get_state_dict(policy, optimizer, options=options)  # makes moments where there are none yet
+    trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]  # a tied head once
+    return {"policy": {name: weights[name] for name in trained}, "optimizer": moments}
 
 
 def save_checkpoint(folder: Path, policy, optimizer, state: dict):
@@ -524,7 +523,7 @@ def save_checkpoint(folder: Path, policy, optimizer, state: dict):
         dcp.save(training_state(policy, optimizer), checkpoint_id=temporary)
         if RANK == 0:
             with open(temporary / "state.json", "w") as file:
-                json.dump(state | {"has_moments": bool(optimizer.state)}, file)
+                json.dump(state, file)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.rename(folder / f"step_{state['step']:06d}")
@@ -543,12 +542,10 @@ def load_checkpoint(path: Path, policy, optimizer) -> dict:
     with plain_error(f"{path} cannot be read; delete it, and the run goes on from the checkpoint before"):
         state = json.loads((path / "state.json").read_text())
         loaded = training_state(policy, optimizer)
-        if not state["has_moments"]:  # it was saved before the first optimizer step
-            del loaded["optimizer"]
         dcp.load(loaded, checkpoint_id=path)
     options = StateDictOptions(ignore_frozen_params=True, strict=False)
-    moments = loaded.get("optimizer", {})
-    set_state_dict(policy, optimizer, model_state_dict=loaded["policy"], optim_state_dict=moments, options=options)
+    weights, moments = loaded["policy"], loaded["optimizer"]
+    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
     return state
 
 
@@ -863,13 +860,13 @@ if __name__ == "__main__":
         last = step == args.num_steps
         if last or step % args.eval_every == 0:
             run_evaluation(step)
-        if last or stop or step % args.save_every == 0:
+        if optimizer.state and (last or stop or step % args.save_every == 0):  # once something has been trained
             state = {"step": step, "logp_limit": logp_limit}
             state["metrics_bytes"] = metrics_path.stat().st_size
             state["samples_bytes"] = samples_path.stat().st_size
             save_checkpoint(run_dir / "checkpoints", policy, optimizer, state)
         if stop:
-            print(f"signal {stop}: saved after step {step}; --run-name {run_dir.name} goes on from there.")
+            print(f"signal {stop}: stopped after step {step}; --run-name {run_dir.name} goes on from there.")
             sys.exit(128 + stop)
 
     # the end: the model, and what the run has changed

@@ -24,8 +24,9 @@ def replayed(rollout, *arguments):
 
 
 source = script.read_text()
-assert " = rollout(llm, " in source
+name = "sample" if " = sample(llm, " in source else "rollout"
+assert source.count(f" = {name}(llm, ") == 1
 sys.argv = sys.argv[2:]
 sys.path.insert(0, str(script.parent))
-code = compile(source.replace(" = rollout(llm, ", " = replayed(rollout, llm, "), script, "exec")
+code = compile(source.replace(f" = {name}(llm, ", f" = replayed({name}, llm, "), script, "exec")
 exec(code, {"__name__": "__main__", "__file__": str(script), "replayed": replayed})
