@@ -23,8 +23,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from eval_gsm8k import load_problems, load_questions, split_ids, user_message
-from grpo_upskill import encode_prompt
+from eval_gsm8k import encode_prompt, load_split
+from first_edition import load_questions, split_ids, user_message
 from star_dpo import Args
 
 DATA = ROOT.parent / "shared" / "data"
@@ -41,14 +41,10 @@ SYSTEM = "You are a helpful math assistant that solves problems step by step."
 def test_prompts():
     """Every question comes through the chat template whole and once, with generation header and prefix in place."""
     tokenizer = AutoTokenizer.from_pretrained(QWEN)
-    problems = [
-        problem
-        for split in ("train", "test")
-        for problem in load_problems(str(GSM8K / f"{split}.jsonl"), "main", split)
-    ]
+    problems = [problem for split in ("train", "test") for problem in load_split(str(GSM8K / f"{split}.jsonl"), split)]
     assert len(problems) == 7473 + 1319
     for problem in problems[::40]:
-        text = tokenizer.decode(encode_prompt(tokenizer, problem["question"], SYSTEM, "Strategy 3 | "))
+        text = tokenizer.decode(encode_prompt(tokenizer, f"Strategy 3 | {problem['question']}", SYSTEM))
         assert text == (
             f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nStrategy 3 | {problem['question']}<|im_end|>\n"
             "<|im_start|>assistant\n"
@@ -102,7 +98,7 @@ def test_a_step_on_gsm8k(script, tmp_path):
     if script == "grpo_perplexity":  # equal rewards: no update; the frozen model knows nothing about the answer
         assert torch.tensor(records[0]["perplexity/eval_ppl"]).log().item() == pytest.approx(nothing_known, abs=0.2)
     else:
-        assert records[1]["rollout/logp_diff_max"] < 1e-4
+        assert records[1].get("rollout/logp_diff_max", 0) < 1e-4 and records[1].get("rollout/logp_diff", 0) < 1e-6
         assert records[1]["losses/entropy"] == pytest.approx(nothing_known, abs=0.1)
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
     assert final.lm_head.weight.data_ptr() == final.model.embed_tokens.weight.data_ptr()  # still tied
