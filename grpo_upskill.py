@@ -327,10 +327,10 @@ def score(policy, prompts, completions, args, pad_id: int) -> torch.Tensor:
     """Log-probabilities [B, C] of B completions given B prompts (lists of token ids), on the CPU, 0 after the end."""
     logps = torch.zeros(len(prompts), max(map(len, completions), default=0))
     lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
-    for rows in micro_batches(lengths, args.max_tokens_per_microbatch):
-        batch = pad_batch([prompts[i] for i in rows], [completions[i] for i in rows], pad_id)
-        part = policy(*batch, args.temperature)
-        logps[rows, : part.shape[1]] = part.cpu()
+    for micro in micro_batches(lengths, args.max_tokens_per_microbatch):
+        batch = pad_batch([prompts[i] for i in micro], [completions[i] for i in micro], pad_id)
+        micro_logps = policy(*batch, args.temperature)
+        logps[micro, : micro_logps.shape[1]] = micro_logps.cpu()
     if WORLD_SIZE > 1:  # each rank has filled in its own rows; on GPUs only NCCL exists, which knows no CPU tensors
         logps = logps.to(DEVICE)
         dist.all_reduce(logps)
@@ -551,6 +551,8 @@ def load_checkpoint(path: Path, policy, optimizer) -> dict:
 
 def save_final(folder: Path, policy, tokenizer, dtype):
     """A plain Hugging Face model folder (LoRA merged, its adapter under adapter/), complete as soon as it exists."""
+    from huggingface_hub import save_torch_state_dict
+
     tied = {"lm_head.weight"} if policy.base.config.tie_word_embeddings else set()
     weights, adapter = {}, {}
     for name, weight in policy.merged_weights():  # all ranks gather, rank 0 keeps
@@ -563,8 +565,14 @@ def save_final(folder: Path, policy, tokenizer, dtype):
         return
     temporary = folder.with_suffix(".unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_torch_state_dict(weights, temporary)
     policy.base.config.dtype = dtype
-    policy.base.save_pretrained(temporary, state_dict=weights)
+    policy.base.config.save_pretrained(temporary)
+    generation = (
+        policy.base.generation_config.to_json_string()
+    )  # as it is: save_pretrained refuses those of some models
+    (temporary / "generation_config.json").write_text(generation)
     tokenizer.save_pretrained(temporary)
     if adapter:
         policy.model.save_pretrained(temporary / "adapter", state_dict=adapter)
@@ -686,9 +694,9 @@ if __name__ == "__main__":
         write(run_dir / "completions.jsonl", rows, mode="w")  # of the newest evaluation, for eval_gsm8k.py --compare
         record = {"step": step} | {f"eval/{name}": value for name, value in figures.items()}
         if args.skill_prefix:  # 50 problems are enough to estimate I(y; z | x)
-            rows_z = [row for row in rows if row["arm"] == "distinct" and row["id"] < 50]
-            logps_z = skill_logps([row["question"] for row in rows_z], [row["tokens"] for row in rows_z])
-            record |= skill_metrics(logps_z, torch.tensor([row["z"] - 1 for row in rows_z]), "eval")
+            asked = [row for row in rows if row["arm"] == "distinct" and row["id"] < 50]
+            logps_z = skill_logps([row["question"] for row in asked], [row["tokens"] for row in asked])
+            record |= skill_metrics(logps_z, torch.tensor([row["z"] - 1 for row in asked]), "eval")
         log(record | {"time/eval": time.perf_counter() - t0})
 
     sync_weights(llm, policy)
@@ -756,13 +764,17 @@ if __name__ == "__main__":
         advantages = group_advantages(groups, args.loss_type).flatten()  # [B]
         varied = (groups.amax(1) > groups.amin(1)).repeat_interleave(groups.shape[1])  # [B]
 
-        # update; with one minibatch the old log-probabilities are, exactly, those of the forward pass that trains
-        old_logps = torch.zeros(mask.shape)
-        scored = np.flatnonzero(~varied if args.num_minibatches == 1 else torch.ones(len(batch)))
-        part = score(policy, [prompts[i] for i in scored], [completions[i] for i in scored], args, pad_id)
-        old_logps[scored, : part.shape[1]] = part
-        gap = (old_logps - vllm_logps).abs()[scored].sum().item() / WORLD_SIZE  # of all ranks together, summed below
-        ref_logps = reference_score(prompts, completions) if args.kl_coef else None
+        # log-probabilities under the weights that sampled: the old ones of the loss, and for the self-check. With one
+        # minibatch the training pass below gives them, exactly, and only the completions that it leaves out are scored
+        scored = np.arange(len(batch)) if args.num_minibatches > 1 else np.flatnonzero(~varied)
+        scored_logps = score(policy, [prompts[i] for i in scored], [completions[i] for i in scored], args, pad_id)
+        old_logps = torch.zeros(mask.shape)  # [B, C]
+        old_logps[scored, : scored_logps.shape[1]] = scored_logps
+        scored_gap = (old_logps - vllm_logps)[scored].abs().sum().item()
+        trained_gap = 0.0  # of this rank
+        ref_logps = reference_score(prompts, completions) if args.kl_coef else None  # [B, C]
+
+        # update
         sums = defaultdict(float)
         shuffled = np.random.default_rng([args.seed, step, 1]).permutation(np.flatnonzero(varied))
         for number, minibatch in enumerate(np.array_split(shuffled, args.num_minibatches)):
@@ -773,32 +785,34 @@ if __name__ == "__main__":
                 denominator = len(minibatch) * args.max_new_tokens
 
             totals = [len(prompts[i]) + len(completions[i]) for i in minibatch]
-            for part in micro_batches(totals, args.max_tokens_per_microbatch):
-                rows = minibatch[part]
-                inputs = pad_batch([prompts[i] for i in rows], [completions[i] for i in rows], pad_id)
+            for indices in micro_batches(totals, args.max_tokens_per_microbatch):
+                micro = minibatch[indices]
+                inputs = pad_batch([prompts[i] for i in micro], [completions[i] for i in micro], pad_id)
                 logps = policy(*inputs, args.temperature)
-
-                def of_rows(x, rows=rows, width=logps.shape[1]):
-                    return x[rows, :width].to(DEVICE)
-
-                old = of_rows(old_logps)
-                if args.num_minibatches == 1:
-                    old = logps.detach()
-                    gap += (old - of_rows(vllm_logps)).abs().sum().item()
-                ref = of_rows(ref_logps) if args.kl_coef else None
-                is_weights = (old - of_rows(vllm_logps)).exp().clamp(max=args.is_cap)
-                row_mask, row_advantages = of_rows(mask), advantages[rows].to(DEVICE)
-                loss, row_sums = policy_loss(logps, old, row_advantages, row_mask, args, denominator, is_weights, ref)
+                width = logps.shape[1]
+                micro_mask = mask[micro, :width].to(DEVICE)
+                micro_vllm = vllm_logps[micro, :width].to(DEVICE)
+                micro_ref = ref_logps[micro, :width].to(DEVICE) if args.kl_coef else None
+                if args.num_minibatches > 1:
+                    micro_old = old_logps[micro, :width].to(DEVICE)
+                else:
+                    micro_old = logps.detach()
+                    trained_gap += (micro_old - micro_vllm).abs().sum().item()
+                is_weights = (micro_old - micro_vllm).exp().clamp(max=args.is_cap)
+                micro_advantages = advantages[micro].to(DEVICE)
+                loss, micro_sums = policy_loss(
+                    logps, micro_old, micro_advantages, micro_mask, args, denominator, is_weights, micro_ref
+                )
                 loss.backward()
-                row_sums |= {"loss": loss.detach(), "tokens": row_mask.sum(), "entropy": -logps.detach().sum()}
-                row_sums["is_weight"] = (is_weights * row_mask).sum()
-                for key, value in row_sums.items():
-                    sums[key] += value.item()
+                micro_sums |= {"loss": loss.detach(), "tokens": micro_mask.sum(), "entropy": -logps.detach().sum()}
+                micro_sums["is_weight"] = (is_weights * micro_mask).sum()
+                for name, value in micro_sums.items():
+                    sums[name] += value.item()
 
             # the self-check: stale weights, another temperature or another prompt show here, before the first update
             if number == 0:
-                logp_diff = sum(gather(gap)) / int(lengths.sum())
-                if logp_limit is None:  # the weights are the loaded ones still: in bf16 this is rounding
+                logp_diff = (scored_gap + sum(gather(trained_gap))) / int(lengths.sum())
+                if logp_limit is None:  # the weights are the loaded ones still: in bf16 the difference is rounding
                     logp_limit = 1e-4 if dtype == torch.float32 else min(0.1, 3 * logp_diff)
                 if not logp_diff <= logp_limit:  # NaN fails too
                     sys.exit(
@@ -813,7 +827,7 @@ if __name__ == "__main__":
                 optimizer.step()
                 optimizer.zero_grad()
         shares = gather(dict(sums))
-        sums = {key: sum(share[key] for share in shares) for key in sums}
+        sums = {name: sum(share[name] for share in shares) for name in sums}
         t3 = time.perf_counter()
 
         # sync
@@ -823,7 +837,7 @@ if __name__ == "__main__":
         # log
         trained_tokens = sums.pop("tokens", 1)
         metrics["losses/policy_loss"] = sums.pop("loss", 0.0) / args.num_minibatches
-        metrics |= {f"losses/{key}": value / trained_tokens for key, value in sums.items()}
+        metrics |= {f"losses/{name}": value / trained_tokens for name, value in sums.items()}
         metrics |= {
             "rollout/logp_diff": logp_diff,
             "charts/accuracy": correct.float().mean().item(),
@@ -842,14 +856,14 @@ if __name__ == "__main__":
         for k in range(num_skills):
             metrics[f"skill/accuracy_{k + 1}"] = correct[z == k].float().mean().item()
         log({"step": step, "global_step": step * len(batch)} | metrics)
-        rows = []
+        written = []
         for i in range(args.group_size):  # the first question's whole group
-            row = {"step": step, "z": int(z[i]) + 1, "question": questions[i], "completion": texts[i]}
-            row |= {"answer": answers[i], "gold": batch[i]["gold"], "finish_reason": samples[i]["finish_reason"]}
-            rows.append(row | {"reward": rewards[i].item(), "advantage": advantages[i].item()})
-        write(samples_path, rows)
-        shown = ("charts/accuracy", "charts/reward", "skill/mi", "charts/length")
-        line = "  ".join(f"{key.split('/')[1]} {metrics[key]:.3f}" for key in shown if key in metrics)
+            sample_i = {"step": step, "z": int(z[i]) + 1, "question": questions[i], "completion": texts[i]}
+            sample_i |= {"answer": answers[i], "gold": batch[i]["gold"], "finish_reason": samples[i]["finish_reason"]}
+            written.append(sample_i | {"reward": rewards[i].item(), "advantage": advantages[i].item()})
+        write(samples_path, written)
+        names = ("charts/accuracy", "charts/reward", "skill/mi", "charts/length")
+        line = "  ".join(f"{name.split('/')[1]} {metrics[name]:.3f}" for name in names if name in metrics)
         if bar.disable:
             print(f"step {step}/{args.num_steps}  {line}  seconds {t4 - t0:.2f}", flush=True)
         else:

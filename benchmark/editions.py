@@ -18,11 +18,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import grpo_perplexity as first
 import grpo_upskill as second
-import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 toy = sys.argv[1:] == ["toy"]
 rounds, max_tokens = (9, 4096) if toy else (3, 4096)

@@ -63,7 +63,16 @@ IRL_RUN = [
 # that has imported everything already; tests of the terminal, of wandb and of several ranks start real processes.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["torch", "torch.distributed.checkpoint", "peft", "transformers", "datasets", "scipy.stats", "tyro", "vllm.entrypoints.llm"]
+    [
+        "torch",
+        "torch.distributed.checkpoint",
+        "peft",
+        "transformers",
+        "datasets",
+        "scipy.stats",
+        "tyro",
+        "vllm.entrypoints.llm",
+    ]
 )
 
 

@@ -144,8 +144,8 @@ FAULTS = {
     "prefix cache not reset": ("if not llm.reset_prefix_cache():", "if False:", ["--system-prompt", "Think. " * 60]),
     "top-p below 1": ("max_tokens=max_new_tokens, logprobs=0", "max_tokens=max_new_tokens, logprobs=0, top_p=0.9", []),
     "trained without the prefix": (
-        "inputs = pad_batch([prompts[i] for i in rows]",
-        "inputs = pad_batch([encode(questions[i], None) for i in rows]",
+        "inputs = pad_batch([prompts[i] for i in micro]",
+        "inputs = pad_batch([encode(questions[i], None) for i in micro]",
         [],
     ),
     "scored without the prefix": (

@@ -29,6 +29,9 @@ def make_model(name, folder):
         tokenizer.pad_token = None
         tokenizer.save_pretrained(folder)
         assert AutoTokenizer.from_pretrained(folder).pad_token_id is None
+    if "no skills" in name:  # transformers refuses to save this, and many hub models have it
+        path = folder / "generation_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"do_sample": False, "temperature": 0.6}))
     if "GPT-NeoX" in name:
         sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
         config = GPTNeoXConfig(
@@ -50,7 +53,11 @@ def test_runs(name, tmp_path):
     assert all(record["rollout/logp_diff"] < 1e-5 for record in steps)
     assert all(("skill/mi" in record) == ("no skills" not in name) for record in steps)
     assert all(("eval/mi" in record) == ("no skills" not in name) for record in records if "eval/pass@1" in record)
-    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+    final = tmp_path / "run" / "final"
+    assert (final / "model.safetensors").exists() and AutoTokenizer.from_pretrained(final).chat_template
+    assert json.loads((final / "generation_config.json").read_text()).get("temperature") == (
+        0.6 if "no skills" in name else None
+    )
     rows = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
     assert len(rows) == 6 * {"no skills": 1, "MI alone,": 8, "GPT-NeoX,": 4}[name[:9]]
 

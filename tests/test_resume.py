@@ -15,8 +15,8 @@ from grpo_upskill import checkpoints
 NOT_REPEATABLE = ("time/", "memory/", "charts/samples_per_second", "charts/tokens_per_second")
 SIX_STEPS = ["--num-steps", 6, "--eval-every", 2, "--save-every", 2]
 FULL = [
-    "--lora-r", 0, "--kl-coef", 0.01, "--mixture-kl-coef", 0.1, "--num-minibatches", 2, "--mi-gate", "--group-by", "skill",
-    "--loss-type", "grpo", "--shuffle-rewards",
+    "--lora-r", 0, "--kl-coef", 0.01, "--mixture-kl-coef", 0.1, "--num-minibatches", 2, "--mi-gate",
+    "--group-by", "skill", "--loss-type", "grpo", "--shuffle-rewards",
 ]  # fmt: skip
 PERPLEXITY = [*SIX_STEPS, "--kl-coef", 0.01, "--num-minibatches", 2]
 MEMORY = [*SIX_STEPS, "--max-keys", 10, "--max-values", 7, "--norm-window", 50, "--knn-k", 2]  # small: something goes
