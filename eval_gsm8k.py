@@ -27,24 +27,24 @@ import numpy as np
 import tyro
 from scipy.stats import binomtest, bootstrap
 
-# Every pattern takes linear time on any text: no unbounded repeat that a later miss could undo.
-DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{2,3}){0,8},[0-9]{3}(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
+# How an answer is written. Every pattern takes linear time on any text: no unbounded repeat that a later miss could undo.
+DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{2,3}){0,8},[0-9]{3}(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"  # 1,234.5
 NUMBER = re.compile(
-    r"(?P<minus>(?<![0-9A-Za-z)\]])-(?=[$€£¥₹]?[0-9.])|(?<=[$€£¥₹])-)?[$€£¥₹]?"
+    r"(?P<minus>(?<![0-9A-Za-z)\]])-(?=[$€£¥₹]?[0-9.])|(?<=[$€£¥₹])-)?[$€£¥₹]?"  # not the minus of 5-3
     r"(?:(?P<whole>[0-9]{1,9}) {1,3}(?=[0-9]{1,9}/[0-9]))?"  # the 2 of 2 1/2
     rf"(?P<top>{DIGITS}(?:[eE](?P<exponent>[-+]?[0-9]+))?)(?:/(?P<bottom>{DIGITS}))?"
     r"(?: ?(?P<scale>thousand|million|billion|万|亿))?"
 )
 SCALES = {None: 1, "thousand": 10**3, "million": 10**6, "billion": 10**9, "万": 10**4, "亿": 10**8}
-CUE = re.compile(  # what announces the answer
+CUE = re.compile(  # what announces the answer: "####", "the answer to this is", "Final Answer:", a heading, "答案是"
     r"(?i)####|答案?(?:是|为|[:：])"
     r"|\bans(?:wer)?\b(?:[^.\n:：=]{0,40}?\b(?:is|are|was)|[^.\n:：=]{0,40}[:：=]|[*_ ]{0,9}\n)"
 )
-FOLLOW_UP = re.compile(  # where a completion turns to something else
+FOLLOW_UP = re.compile(  # a line with which a completion turns to something else: another question, a polite offer
     r"(?i)\n\W{0,9}(?:(?:question|q|human|user|problem|exercise|instruction)\s?[0-9]{0,3}\W{0,3}[:：]"
     r"|let me know|would you)"
 )
-BESIDE = re.compile(
+BESIDE = re.compile(  # what stands before a number that is rarely the result: "in 4 weeks", "out of 10"
     r"(?i)\b(?:in|for|out of|of the|per|after|over|from|within|every|each|than|by|at|with) (?:the |all |those )?$"
 )
 

@@ -45,6 +45,19 @@ SHAPES = {  # hidden size, MLP, layers, heads, key-value heads, tied head; the v
 }
 
 
+# Ours leaves groups without variance out, and random weights answer nothing right: answers are graded by tossing a
+# coin, so that (but for 1 group in 128) every group is trained on, as TRL does. The peak of memory is written too.
+COIN = """
+import atexit, pathlib, random, resource, runpy, sys, torch, eval_gsm8k
+coin = random.Random(1)
+eval_gsm8k.is_correct = lambda answer, gold: coin.random() < 0.5
+path, sys.argv = pathlib.Path(sys.argv[1]), sys.argv[2:]
+peak = lambda: torch.cuda.max_memory_allocated() or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+atexit.register(lambda: path.write_text(str(peak() / 1e9)))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @dataclass
 class Args:
     method: Annotated[Literal["grpo", "dpo"], tyro.conf.Positional]
@@ -140,11 +153,12 @@ def ours(args, model: Path, folder: Path) -> dict:
         "--gpu-memory-utilization", args.gpu_memory_utilization, "--save-every", 0, "--seed", 1,
     ]  # fmt: skip
     if args.method == "grpo":
+        command[command.index("--save-every") + 1] = 10**6
         command = [
             "grpo_upskill.py", *command, "--dataset", TOY / "train.jsonl", "--eval-dataset", TOY / "test.jsonl",
             "--eval-size", 1, "--skill-prefix=", "--alpha-mi", 0, "--max-z", 1, "--questions-per-step", args.questions,
-            "--group-size", args.group_size, "--num-steps", args.steps, "--answer-mode", "strict", "--eval-every", 0,
-            "--no-drop-zero-variance",
+            "--group-size", args.group_size, "--num-steps", args.steps, "--answer-mode", "strict",
+            "--eval-every", 10**6,
         ]  # fmt: skip
     else:
         command = [
@@ -153,19 +167,27 @@ def ours(args, model: Path, folder: Path) -> dict:
             args.shuffle, "--batch-size", args.batch_size, "--preload-train", folder.parent / "answers.jsonl",
         ]  # fmt: skip
     with (folder / "log.txt").open("w") as log:
-        command = [sys.executable, *map(str, [ROOT / command[0], *command[1:]])]
+        command = list(map(str, [ROOT / command[0], *command[1:]]))
+        command = (
+            [sys.executable, "-c", COIN, folder / "gb", *command]
+            if args.method == "grpo"
+            else [sys.executable, *command]
+        )
         if subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=ENVIRONMENT).returncode:
             sys.exit((folder / "log.txt").read_text())
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "losses/grad_norm" in record]
-    result = {"learner": [r["time/forward_backward"] for r in steps], "gb": steps[-1]["memory/peak_gb"]}
     if args.method == "grpo":
-        return result | {
-            "seconds": [r["time/total"] for r in steps],
+        seconds = [sum(r[f"time/{phase}"] for phase in ("rollout", "reward", "update", "sync")) for r in steps]
+        return {
+            "seconds": seconds,
+            "learner": [r["time/update"] for r in steps],
             "rollout": [r["time/rollout"] for r in steps],
             "sync": [r["time/sync"] for r in steps],
-            "tokens": [r["charts/tokens_per_second"] * r["time/total"] for r in steps],
+            "tokens": [r["charts/tokens_per_second"] * total for r, total in zip(steps, seconds)],
+            "gb": float((folder / "gb").read_text()),
         }
+    result = {"learner": [r["time/forward_backward"] for r in steps], "gb": steps[-1]["memory/peak_gb"]}
     scoring = next(record["time/scoring"] for record in records if "time/scoring" in record) / len(steps)
     seconds = [learner + scoring for learner in result["learner"]]
     return result | {"seconds": seconds, "scoring": [scoring], "losses": [r["losses/loss"] for r in steps]}
@@ -209,7 +231,7 @@ def theirs(args, model: Path, folder: Path, precompute: bool) -> dict:
         "gradient_accumulation_steps": whole // (args.trl_batch or whole),
     }  # fmt: skip
     if args.method == "grpo":
-        from eval_gsm8k import extract_answer, is_correct, load_problems
+        from eval_gsm8k import extract_answer, is_correct, load_split
 
         class Timed(GRPOTrainer):
             def _generate(self, *arguments, **keywords):
@@ -237,7 +259,7 @@ def theirs(args, model: Path, folder: Path, precompute: bool) -> dict:
             top_p=1.0, top_k=0, beta=0.0, loss_type="dapo", epsilon=0.2, epsilon_high=0.28, scale_rewards="group",
             steps_per_generation=config["gradient_accumulation_steps"], adam_beta2=0.99,
         )  # fmt: skip
-        problems = load_problems(str(TOY / "train.jsonl"), "main", "train")
+        problems = load_split(str(TOY / "train.jsonl"), "train")
         rows = [{"prompt": [{"role": "user", "content": p["question"]}], "gold": p["gold"]} for p in problems]
         trainer = Timed(args=config, reward_funcs=reward, train_dataset=Dataset.from_list(rows), **common)
     else:
@@ -266,10 +288,10 @@ def figures(args, model: Path, result: dict) -> dict:
     if args.method == "grpo":
         from transformers import AutoTokenizer
 
-        from eval_gsm8k import encode_prompt, load_problems
+        from eval_gsm8k import encode_prompt, load_split
 
         tokenizer, tokens = AutoTokenizer.from_pretrained(model), float(np.mean(result["tokens"][first:]))
-        problems = load_problems(str(TOY / "train.jsonl"), "main", "train")
+        problems = load_split(str(TOY / "train.jsonl"), "train")
         every = tokens + samples * np.mean([len(encode_prompt(tokenizer, p["question"], "")) for p in problems])
         figures |= {"sampled tokens/s": tokens / median["s seconds"], "learner tokens/s": every / median["s learner"]}
         if args.peak_tflops:

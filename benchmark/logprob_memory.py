@@ -2,16 +2,17 @@
 
     python benchmark/logprob_memory.py
 
-token_logprobs holds logits for head_chunk tokens at a time, so its peak should grow with head_chunk x vocabulary; the
-plain way (`full`) holds [completion tokens, vocabulary] in fp32, several times over. Each figure is a process of its
-own, which reports its peak above what it held before the pass: allocated bytes on a GPU, resident bytes without one.
-The model is a two-layer Qwen2 with hidden size 64 and random weights: the head's share is real, the backbone's is not.
+Policy holds logits for HEAD_CHUNK tokens at a time, so its peak should grow with HEAD_CHUNK x vocabulary; the plain way
+(`full`) holds [completion tokens, vocabulary] in fp32, several times over. Each figure is a process of its own, which
+reports its peak above what it held before the pass: allocated bytes on a GPU, resident bytes without one. The model is
+a two-layer Qwen2 with hidden size 64 and random weights: the head's share is real, the backbone's is not.
 """
 
 import pathlib
 import resource
 import subprocess
 import sys
+import tempfile
 
 VOCABULARY = 151_936
 
@@ -22,21 +23,25 @@ def measure(tokens: int, head_chunk: int) -> int:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-    from grpo_upskill import pad_batch, token_logprobs
+    import grpo_upskill
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    grpo_upskill.HEAD_CHUNK = head_chunk
+    device = grpo_upskill.DEVICE
     config = Qwen2Config(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
                          num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
-    model = Qwen2ForCausalLM(config).to(device).train()
+    with tempfile.TemporaryDirectory() as folder:
+        Qwen2ForCausalLM(config).save_pretrained(folder)
+        policy = grpo_upskill.Policy(folder, torch.float32, 0, 0)
+    model = policy.model
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)  # gradients exist in training anyway: not part of the pass
     rows = tokens // 128
-    batch = pad_batch([[5] * 32] * rows, [[7] * 128] * rows, 0, device)
+    batch = grpo_upskill.pad_batch([[5] * 32] * rows, [[7] * 128] * rows, 0)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if device.type == "cuda" else peak_rss()
     if head_chunk:
-        logps, _ = token_logprobs(model, *batch, 1.0, head_chunk)
+        logps = policy(*batch, 1.0)
     else:
         logits = model(input_ids=batch[0], use_cache=False).logits[:, 31:-1].float()
         logps = logits.log_softmax(-1).gather(-1, batch[0][:, 32:, None])

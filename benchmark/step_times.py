@@ -12,7 +12,10 @@ import numpy as np
 
 for path in sys.argv[1:]:
     with open(path) as file:
-        steps = [record for record in map(json.loads, file) if "time/total" in record][3:]
+        steps = [record for record in map(json.loads, file) if "time/rollout" in record][3:]
+    for record in steps:
+        phases = [seconds for key, seconds in record.items() if key.startswith("time/")]
+        record.setdefault("time/total", sum(phases))
     total = np.median([record["time/total"] for record in steps])
     completions = steps[0]["global_step"] / steps[0]["step"]
     length = np.mean([record["charts/length"] for record in steps])

@@ -176,7 +176,7 @@ def test_saved_samples_are_as_good_as_new_ones(mode, command, reference, tmp_pat
     assert steps["weighted"][0]["losses/loss"] > 0
     assert (tmp_path / "preloaded" / "run" / "models").is_dir()
     val = next((tmp_path / "preloaded" / "run" / "samples").glob("val_[0-9]*.jsonl"))
-    compare = [sys.executable, ROOT / "eval_gsm8k.py", "--compare", val, val]
+    compare = [sys.executable, ROOT / "first_edition.py", "--compare", val, val]
     compared = subprocess.run(compare, capture_output=True, text=True, cwd=ROOT)
     assert compared.returncode == 0 and re.search(r"pass@1 .* \+0\.0000", compared.stdout), compared.stderr
 
