@@ -27,7 +27,7 @@ import numpy as np
 import tyro
 from scipy.stats import binomtest, bootstrap
 
-# How an answer is written. Every pattern takes linear time on any text: no unbounded repeat that a later miss could undo.
+# How an answer is written. Every pattern takes linear time on any text: no repeat that a later miss could undo.
 DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{2,3}){0,8},[0-9]{3}(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"  # 1,234.5
 NUMBER = re.compile(
     r"(?P<minus>(?<![0-9A-Za-z)\]])-(?=[$€£¥₹]?[0-9.])|(?<=[$€£¥₹])-)?[$€£¥₹]?"  # not the minus of 5-3
@@ -186,7 +186,7 @@ def extract_answer(text: str, mode: str) -> str | None:
     number = find_number(last_boxed(text), first=False)
     if number or mode == "boxed":
         return number
-    for cue in reversed(list(CUE.finditer(text))[-3:]):
+    for cue in reversed(list(CUE.finditer(text))[-3:]):  # the newest first
         line = text[cue.end() :].lstrip("# \t\r\n*_:`").split("\n")[0]
         number = find_number(line, first=True)
         if number:
@@ -204,7 +204,7 @@ def is_correct(answer: str | None, gold: str) -> bool:
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Unbiased chance that k of n i.i.d. samples, c of them correct, hold a correct one (Chen et al. 2021, eq. 1).
 
-    1 - C(n-c, k) / C(n, k) for 0 <= c <= n and 1 <= k <= n: n samples say nothing about more tries.
+    1 - C(n-c, k) / C(n, k) for 0 <= c <= n and 1 <= k <= n: more tries than samples cannot be estimated.
     """
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
@@ -265,12 +265,17 @@ def question_scores(rows: list[dict]) -> dict[str, np.ndarray]:
 
 @contextmanager
 def plain_error(sentence: str):
-    """Whatever goes wrong inside ends the program: this sentence, which says what to do, and the library's reason."""
+    """Whatever goes wrong inside ends the program: this sentence, which says what to do, and the library's reason.
+
+    With TRACEBACK=1 in the environment the error itself is raised, for those who change the code inside.
+    """
     try:
         yield
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException as error:  # hub, file, memory and configuration errors have no common base class
+        if os.environ.get("TRACEBACK"):
+            raise
         reason = " ".join(str(error).split())[-300:]  # where a long message says it
         sys.exit(f"error: {sentence} ({type(error).__name__}: {reason})")
 
@@ -405,7 +410,7 @@ def evaluate(generate, tokenizer, problems, encode, num_samples=1, answer_mode="
     scores = question_scores(main)
     figures = {name: values.mean() for name, values in scores.items()}
     right = round(float(scores["pass@1"].sum()))
-    interval = binomtest(right, len(problems)).proportion_ci(method="wilson")  # 95 %, n = questions
+    interval = binomtest(right, len(problems)).proportion_ci(method="wilson")  # 95 %, of n questions
     figures["pass@1_low"], figures["pass@1_high"] = interval
     figures["pass@1_strict"] = np.mean([row["strict"] for row in main])
     figures["pass@1_flexible"] = np.mean([row["flexible"] for row in main])

@@ -7,10 +7,11 @@ and a completion y is rewarded for being right and for telling which z produced 
     r_MI       = log p(y | x, z) - log (1/N) sum_z' p(y | x, z')                          (--mi-form seq, at most ln N)
 
 The mean of r_MI is the mutual information I(y; z | x). Skills spread over different solutions, so that asking each of
-them once finds a right one more often than asking one model N times (pass@N). --alpha-mi 0 is plain GRPO, the control.
+them once finds a right one more often than asking one model N times (pass@N). The controls: --alpha-mi 0 is GRPO under
+the same prefixes, and --alpha-mi 0 --skill-prefix "" is plain GRPO.
 
 Left out: value network, reward model, multi-turn, 4-bit weights, mixture-of-experts models, the paper's "semantic" MI
-(one number for a whole batch, which group centring cancels).
+(one number for a whole batch, so that subtracting the mean of a group removes it).
 
     python grpo_upskill.py --model-name Qwen/Qwen2.5-7B-Instruct          # LoRA, one 80 GB GPU
     torchrun --nproc-per-node 8 grpo_upskill.py --lora-r 0 --lr 1e-6      # all weights, eight GPUs, FSDP2
@@ -34,7 +35,7 @@ from pathlib import Path
 from typing import Literal
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engine and trainer live in this one process
-# CPU threads that wait spin for some microseconds, then sleep: spinning on makes a shared CPU ten times slower.
+# Idle CPU threads go to sleep after some microseconds: busy waiting makes a shared CPU ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # The noise of libraries is turned off here, and only here.
@@ -66,6 +67,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 DEVICE = torch.device("cpu")
 if torch.cuda.is_available():
     DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+# Shapes: B completions of a step, N skills, C tokens of the longest completion, T of the longest row, H hidden size.
 HEAD_CHUNK = 1024  # tokens for which logits [HEAD_CHUNK, vocabulary] exist at a time
 MAX_PADDING = 0.1  # share of a micro-batch that may be pads
 KEEP_CHECKPOINTS = 2
@@ -76,7 +78,7 @@ class Args:
     # experiment
     run_name: str = ""  # folder under output_dir; the same name again resumes it (empty: script, model, seed, time)
     output_dir: str = "runs"  # where run folders are made
-    seed: int = 1  # everything random follows from the seed and the step
+    seed: int = 1  # all random numbers are computed from the seed and the step
     track: bool = False  # also log to Weights & Biases (project: WANDB_PROJECT); metrics.jsonl is always written
     # model
     model_name: str = "Qwen/Qwen2.5-7B-Instruct"  # Hugging Face id or folder of a chat model
@@ -96,12 +98,16 @@ class Args:
     # UpSkill
     max_z: int = 5  # number of skills N
     alpha_mi: float = 5.0  # weight of the MI reward; 0 is plain GRPO and skips the N scoring passes
-    mi_form: Literal["seq", "token", "token_mean"] = "seq"  # how the mixture over skills is formed, see mi_rewards
-    mi_gate: bool = False  # MI reward for right completions only, and never below 0: distinct and wrong pays nothing
-    mixture_kl_coef: float = 0.0  # weight of log p_ref(y|x) - log mixture(y|x): keeps the mean over skills in place
+    mi_form: Literal["seq", "token", "token_mean"] = (
+        "seq"  # is the mixture one of completions or of tokens? see mi_rewards
+    )
+    mi_gate: bool = False  # pay the MI reward to right completions only, and never less than 0
+    mixture_kl_coef: float = (
+        0.0  # weight of log p_ref(y|x) - log mixture(y|x): holds the mean over skills near the start
+    )
     correct_coef: float = 1.0  # weight of the correctness reward; 0 trains on MI alone
     skill_prefix: str = "Strategy {z} | "  # {z}: the skill's number; "": no skills, a control (with --alpha-mi 0)
-    group_by: Literal["question", "skill"] = "question"  # mean reward of what is the baseline
+    group_by: Literal["question", "skill"] = "question"  # whose mean reward is subtracted: all of x, or of (x, z)
     shuffle_rewards: bool = False  # negative control: permute the rewards of a step, so that nothing can be learned
     # loss
     loss_type: Literal["grpo", "dr_grpo", "dapo"] = "dapo"  # how tokens are weighted, see policy_loss
@@ -119,7 +125,7 @@ class Args:
     # memory and self-check
     max_tokens_per_microbatch: int = 16384  # padded tokens in a rank's forward-backward; halve when out of memory
     gpu_memory_utilization: float = 0.6  # vLLM's share of the GPU while it samples; it sleeps while the policy trains
-    max_logp_diff: float | None = None  # stop above this gap of trainer and vLLM, nats a token; None: from the dtype
+    max_logp_diff: float | None = None  # the self-check's limit, nats a token; None: 1e-4 in fp32, measured in bf16
     # evaluation and checkpoint
     eval_every: int = 50  # evaluate every so many steps, besides the start and the end
     eval_size: int = 200  # number of evaluation problems; 0: all
@@ -136,7 +142,7 @@ def mi_rewards(logps: torch.Tensor, z: torch.Tensor, mask: torch.Tensor, form: s
     skill that sampled; mask [B, C]: True on completion tokens.
 
     seq          log p(y|x,z) - log (1/N) sum_z' p(y|x,z')           <= ln N; its mean is I(y; z | x)
-    token        sum_t log p(y_t|..z..) - log (1/N) sum_z' p(y_t|..z'..)   the paper's formula; <= C ln N, over-counts I
+    token        sum_t log p(y_t|..z..) - log (1/N) sum_z' p(y_t|..z'..)   the paper's formula; <= C ln N, more than I
     token_mean   token / C
     """
     logps = logps.double().masked_fill(~mask[:, None], 0.0)
@@ -151,9 +157,9 @@ def mi_rewards(logps: torch.Tensor, z: torch.Tensor, mask: torch.Tensor, form: s
 
 
 def skill_metrics(logps: torch.Tensor, z: torch.Tensor, where: str) -> dict:
-    """Estimate of I(y; z | x) in nats, whatever form is rewarded, and the share of completions that give their z away.
+    """Estimate of I(y; z | x) in nats, always of the form seq; and how often the likeliest z is the one that sampled.
 
-    logps [B, N, C], 0 behind a completion's end; z [B].
+    logps [B, N, C], 0 behind a completion's end; z [B]; where: the prefix of the two names.
     """
     information = mi_rewards(logps, z, torch.ones_like(logps[:, 0]).bool(), "seq").mean().item()
     decoded = (logps.sum(-1).argmax(1) == z).float().mean().item()
@@ -176,7 +182,7 @@ def policy_loss(logps, old_logps, advantages, mask, args, denominator, is_weight
 
     logps, old_logps, is_weights, ref_logps, mask [B, C]; advantages [B]. `denominator` belongs to the whole optimizer
     step, not to this micro-batch: its tokens (dapo), its completions (grpo), or its completions x max_new_tokens
-    (dr_grpo); so shares add up to the loss of the batch however it is split.
+    (dr_grpo); so shares add up to the loss of the batch however it is split. In the formulas w is is_weights.
 
         ratio_t = exp(logp_t - old_t)
         l_t     = -w_t min(ratio_t A, clip(ratio_t, 1 - clip_low, 1 + clip_high) A) + kl_coef k3_t
@@ -232,7 +238,9 @@ def load_model(model_name: str, dtype: torch.dtype):
             f"error: {model_name} lacks weights, {sorted(loading['missing_keys'])[:3]} and so on; save them again."
         )
     for module in model.modules():
-        module.do_not_compile = True  # of classes that vLLM has taken over: not for vLLM to compile
+        module.do_not_compile = (
+            True  # vLLM's import changes some classes of transformers (GPT-NeoX): it would compile them
+        )
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
@@ -243,8 +251,8 @@ def load_model(model_name: str, dtype: torch.dtype):
 class Policy(nn.Module):
     """A causal language model whose forward pass returns log-probabilities of completion tokens.
 
-    With lora_r its base weights are frozen and adapters, in fp32, are trained; else all weights are. What is trained
-    belongs in fp32: an update of 1e-6 is lost on a bf16 weight.
+    With lora_r its base weights are frozen and adapters are trained; else all weights are. Trained weights are in fp32:
+    an update of 1e-6 is lost on a bf16 weight.
     """
 
     def __init__(self, model_name: str, dtype: torch.dtype, lora_r: int, lora_alpha: int):
@@ -259,7 +267,7 @@ class Policy(nn.Module):
             self.model = get_peft_model(self.model, config)
             for module in self.model.modules():
                 if hasattr(module, "cast_input_dtype_enabled"):
-                    module.cast_input_dtype_enabled = False  # to fp32, which autocast only casts back
+                    module.cast_input_dtype_enabled = False  # peft would cast inputs to fp32, and autocast back
         self.train()
         if WORLD_SIZE > 1:
             self.shard()
@@ -291,7 +299,7 @@ class Policy(nn.Module):
         position = torch.arange(ids.shape[1] - 1, device=ids.device)
         ends = (prompt_lens + completion_lens)[:, None]
         predicts = (position >= prompt_lens[:, None] - 1) & (position < ends - 1)  # [B, T - 1]
-        # FSDP frees a whole weight after use: autocast must not keep its bf16 copy then
+        # Autocast caches bf16 copies of weights. FSDP frees a weight after use, so no copy may stay.
         with torch.autocast("cuda", torch.bfloat16, DEVICE.type == "cuda", cache_enabled=WORLD_SIZE == 1):
             hidden = self.base.base_model(input_ids=ids, use_cache=False).last_hidden_state
             hidden, targets = hidden[:, :-1][predicts], ids[:, 1:][predicts]  # [n, H], [n]
@@ -331,7 +339,7 @@ def score(policy, prompts, completions, args, pad_id: int) -> torch.Tensor:
         batch = pad_batch([prompts[i] for i in micro], [completions[i] for i in micro], pad_id)
         micro_logps = policy(*batch, args.temperature)
         logps[micro, : micro_logps.shape[1]] = micro_logps.cpu()
-    if WORLD_SIZE > 1:  # each rank has filled in its own rows; on GPUs only NCCL exists, which knows no CPU tensors
+    if WORLD_SIZE > 1:  # each rank has filled in its own rows; NCCL cannot reduce CPU tensors
         logps = logps.to(DEVICE)
         dist.all_reduce(logps)
     return logps.cpu()
@@ -339,10 +347,11 @@ def score(policy, prompts, completions, args, pad_id: int) -> torch.Tensor:
 
 # ---- Batches ---------------------------------------------------------------------------------------------------------
 def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """This rank's rows of batches of similar length, longest first.
+    """This rank's rows of each batch.
 
-    A rank's rows x its longest row are at most max_tokens (but at least one row), and a batch ends where MAX_PADDING
-    of it would be pads. All ranks get equally many batches; of the last a rank may have no row.
+    Rows are sorted by length, longest first, and cut into batches. A batch is full at max_tokens padded tokens a rank,
+    or where more than MAX_PADDING of it would be pads. Each rank takes every WORLD_SIZE-th row of a batch, so that all
+    get equally many batches, and of the last perhaps an empty one.
     """
     batches = []
     tokens = 0  # of the last batch, without pads
@@ -350,8 +359,8 @@ def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
         if batches:
             longest, rows = lengths[batches[-1][0]], len(batches[-1])
             full = rows >= WORLD_SIZE * max(1, max_tokens // longest)
-            padded = tokens + lengths[i] < (1 - MAX_PADDING) * (rows + 1) * longest
-        if not batches or full or (padded and rows % WORLD_SIZE == 0):
+            too_short = tokens + lengths[i] < (1 - MAX_PADDING) * (rows + 1) * longest
+        if not batches or full or (too_short and rows % WORLD_SIZE == 0):
             batches.append([])
             tokens = 0
         batches[-1].append(i)
@@ -478,14 +487,14 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def open_run(args, run_dir: Path) -> str:
-    """Make the run's folder and lock it; a sentence if this run cannot have it, else "".
+    """Make the run's folder and lock it. Returns "", or a sentence if this run cannot have it: then all ranks end.
 
     The same --run-name goes on where it stopped, with the same arguments: only `free` ones may differ.
     """
     free = "run_name output_dir track max_tokens_per_microbatch gpu_memory_utilization max_logp_diff save_every"
     path = run_dir / "args.json"
     try:
-        if run_dir.exists() and any(run_dir.iterdir()) and not path.exists():
+        if run_dir.exists() and set(os.listdir(run_dir)) - {"lock"} and not path.exists():
             return f"error: {run_dir} exists and holds no run; choose another --run-name."
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = os.open(run_dir / "lock", os.O_CREAT | os.O_RDWR)  # open, and so locked, until the process ends
@@ -508,7 +517,7 @@ def open_run(args, run_dir: Path) -> str:
 def training_state(policy, optimizer) -> dict:
     """{"policy", "optimizer"}: what is trained and its moments, by name, for torch.distributed.checkpoint."""
     options = StateDictOptions(ignore_frozen_params=True)
-    weights, moments = get_state_dict(policy, optimizer, options=options)  # makes moments where there are none yet
+    weights, moments = get_state_dict(policy, optimizer, options=options)
     trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]  # a tied head once
     return {"policy": {name: weights[name] for name in trained}, "optimizer": moments}
 
@@ -569,10 +578,8 @@ def save_final(folder: Path, policy, tokenizer, dtype):
     save_torch_state_dict(weights, temporary)
     policy.base.config.dtype = dtype
     policy.base.config.save_pretrained(temporary)
-    generation = (
-        policy.base.generation_config.to_json_string()
-    )  # as it is: save_pretrained refuses those of some models
-    (temporary / "generation_config.json").write_text(generation)
+    # as it is: policy.base.save_pretrained would validate it, and refuses that of some models
+    (temporary / "generation_config.json").write_text(policy.base.generation_config.to_json_string())
     tokenizer.save_pretrained(temporary)
     if adapter:
         policy.model.save_pretrained(temporary / "adapter", state_dict=adapter)
@@ -626,7 +633,7 @@ if __name__ == "__main__":
             wandb.init(name=run_dir.name, id=run_dir.name, resume="allow", config=asdict(args))
             wandb.define_metric("*", step_metric="step")
 
-    # the engine first: it measures free memory and seeds all random generators; the policy follows while it sleeps
+    # The engine comes first, because it measures the free memory and seeds all random generators. Then it sleeps.
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     llm = make_engine(args, longest + args.max_new_tokens)
     if DEVICE.type == "cuda":
@@ -634,7 +641,7 @@ if __name__ == "__main__":
     from vllm.config import set_current_vllm_config
 
     torch.manual_seed(args.seed)
-    with set_current_vllm_config(llm.llm_engine.vllm_config):  # for classes that vLLM has taken over, like GPT-NeoX
+    with set_current_vllm_config(llm.llm_engine.vllm_config):  # the classes that vLLM has changed ask for it
         policy = Policy(args.model_name, dtype if args.lora_r else torch.float32, args.lora_r, args.lora_alpha)
         reference = policy  # LoRA: the same model with its adapters off
         if not args.lora_r and (args.kl_coef or args.mixture_kl_coef):
@@ -642,29 +649,31 @@ if __name__ == "__main__":
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True)
 
-    room = 12 * (KEEP_CHECKPOINTS + 1) * sum(parameter.numel() for parameter in trainable)  # weights and moments
-    if shutil.disk_usage(run_dir).free < room:
-        sys.exit(f"error: checkpoints in {run_dir} need {room / 1e9:.1f} GB of disk; choose another --output-dir.")
+    size = 12 * sum(parameter.numel() for parameter in trainable)  # of a checkpoint: weights and moments
+    saved = gather(checkpoints(run_dir / "checkpoints"))[0]
+    if shutil.disk_usage(run_dir).free < size * (KEEP_CHECKPOINTS + 1 - len(saved)):
+        sys.exit(f"error: a checkpoint takes {size / 1e9:.1f} GB, too much for {run_dir}; choose another --output-dir.")
 
     # resume: what was logged after the checkpoint is cut off and done again
     state = {"step": 0, "metrics_bytes": 0, "samples_bytes": 0, "logp_limit": None}
-    saved = gather(checkpoints(run_dir / "checkpoints"))[0]
     if saved:
         state = load_checkpoint(saved[-1], policy, optimizer)
     for path, size in (metrics_path, state["metrics_bytes"]), (samples_path, state["samples_bytes"]):
-        if path.exists() and path.stat().st_size < size:
+        if (path.stat().st_size if path.exists() else 0) < size:
             sys.exit(f"error: {path} is shorter than at its checkpoint; restore it, or choose another --run-name.")
         if RANK == 0:
             with open(path, "ab") as file:
                 file.truncate(size)
-    logp_limit = args.max_logp_diff or state["logp_limit"]
+    logp_limit = state["logp_limit"]
     signals = []
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: signals.append(number))
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, lambda signum, frame: signals.append(signum))
 
     def write(path, records, mode="a"):
+        if RANK > 0:
+            return
         with plain_error(f"{path} cannot be written; make room, --run-name {run_dir.name} then goes on"):
-            with open(path if RANK == 0 else os.devnull, mode) as file:
+            with open(path, mode) as file:
                 file.writelines(json.dumps(record) + "\n" for record in records)
 
     def log(record):
@@ -723,7 +732,8 @@ if __name__ == "__main__":
         z = torch.arange(num_skills).repeat_interleave(copies).repeat(args.questions_per_step)  # [B]
         prompts = [encode(question, k + 1) for question, k in zip(questions, z.tolist(), strict=True)]
         seed = [args.seed, step, 0]
-        samples = sample(llm, prompts[::copies], copies, args.temperature, args.max_new_tokens, seed)
+        asked = prompts[::copies]  # of each question and skill once
+        samples = sample(llm, asked, copies, args.temperature, args.max_new_tokens, seed)
         if DEVICE.type == "cuda":
             llm.sleep(level=2)
         completions = [s["tokens"] for s in samples]
@@ -814,10 +824,11 @@ if __name__ == "__main__":
                 logp_diff = (scored_gap + sum(gather(trained_gap))) / int(lengths.sum())
                 if logp_limit is None:  # the weights are the loaded ones still: in bf16 the difference is rounding
                     logp_limit = 1e-4 if dtype == torch.float32 else min(0.1, 3 * logp_diff)
-                if not logp_diff <= logp_limit:  # NaN fails too
+                limit = logp_limit if args.max_logp_diff is None else args.max_logp_diff
+                if not logp_diff <= limit:  # NaN fails too
                     sys.exit(
                         f"error: trainer and vLLM differ by {logp_diff:.2g} nats a token in step {step}, the limit is "
-                        f"{logp_limit:.2g} (--max-logp-diff): stale weights, another temperature or another prompt?"
+                        f"{limit:.2g} (--max-logp-diff): stale weights, another temperature or another prompt?"
                     )
             if len(minibatch):
                 grad_norm = whole(nn.utils.clip_grad_norm_(trainable, args.max_grad_norm)).item()
@@ -856,12 +867,12 @@ if __name__ == "__main__":
         for k in range(num_skills):
             metrics[f"skill/accuracy_{k + 1}"] = correct[z == k].float().mean().item()
         log({"step": step, "global_step": step * len(batch)} | metrics)
-        written = []
+        records = []
         for i in range(args.group_size):  # the first question's whole group
-            sample_i = {"step": step, "z": int(z[i]) + 1, "question": questions[i], "completion": texts[i]}
-            sample_i |= {"answer": answers[i], "gold": batch[i]["gold"], "finish_reason": samples[i]["finish_reason"]}
-            written.append(sample_i | {"reward": rewards[i].item(), "advantage": advantages[i].item()})
-        write(samples_path, written)
+            record = {"step": step, "z": int(z[i]) + 1, "question": questions[i], "completion": texts[i]}
+            record |= {"answer": answers[i], "gold": batch[i]["gold"], "finish_reason": samples[i]["finish_reason"]}
+            records.append(record | {"reward": rewards[i].item(), "advantage": advantages[i].item()})
+        write(samples_path, records)
         names = ("charts/accuracy", "charts/reward", "skill/mi", "charts/length")
         line = "  ".join(f"{name.split('/')[1]} {metrics[name]:.3f}" for name in names if name in metrics)
         if bar.disable:
@@ -874,7 +885,8 @@ if __name__ == "__main__":
         last = step == args.num_steps
         if last or step % args.eval_every == 0:
             run_evaluation(step)
-        if optimizer.state and (last or stop or step % args.save_every == 0):  # once something has been trained
+        # (no checkpoint before the first update: Adam has no moments yet, and get_state_dict would invent them)
+        if optimizer.state and (last or stop or step % args.save_every == 0):
             state = {"step": step, "logp_limit": logp_limit}
             state["metrics_bytes"] = metrics_path.stat().st_size
             state["samples_bytes"] = samples_path.stat().st_size
