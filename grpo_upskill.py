@@ -30,7 +30,7 @@ import time
 import warnings
 from collections import defaultdict
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -339,7 +339,8 @@ def score(policy, prompts, completions, args, pad_id: int) -> torch.Tensor:
         batch = pad_batch([prompts[i] for i in micro], [completions[i] for i in micro], pad_id)
         micro_logps = policy(*batch, args.temperature)
         logps[micro, : micro_logps.shape[1]] = micro_logps.cpu()
-    if WORLD_SIZE > 1:  # each rank has filled in its own rows; NCCL cannot reduce CPU tensors
+    if WORLD_SIZE > 1 and prompts:  # each rank has filled in its own rows; NCCL cannot reduce CPU tensors
+        policy.reshard()  # FSDP would keep the head whole until the next backward pass
         logps = logps.to(DEVICE)
         dist.all_reduce(logps)
     return logps.cpu()
@@ -450,7 +451,7 @@ def sync_weights(llm, policy):
 def check_arguments(args):
     """End the program if an argument, or the machine, cannot work."""
     positive = "num_steps questions_per_step max_new_tokens temperature max_z num_minibatches max_tokens_per_microbatch"
-    positive += " eval_every eval_samples save_every"
+    positive += " is_cap max_grad_norm eval_every eval_samples save_every"
     for name, value in asdict(args).items():
         flag = f"--{name.replace('_', '-')}"
         if name in positive.split() and not value > 0:
@@ -498,7 +499,12 @@ def open_run(args, run_dir: Path) -> str:
             return f"error: {run_dir} exists and holds no run; choose another --run-name."
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = os.open(run_dir / "lock", os.O_CREAT | os.O_RDWR)  # open, and so locked, until the process ends
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return f"error: another process runs {run_dir}; wait for its end, or choose another --run-name."
+        except OSError:
+            pass  # a file system without locks
         before = json.loads(path.read_text()) if path.exists() else asdict(args)
         for name, value in asdict(args).items():
             if name not in free.split() and before.get(name) != value:
@@ -506,8 +512,6 @@ def open_run(args, run_dir: Path) -> str:
                 return f"error: {flag} of {run_dir} was {before.get(name)!r}, not {value!r}; choose another --run-name."
         path.with_suffix(".tmp").write_text(json.dumps(asdict(args), indent=2))
         path.with_suffix(".tmp").rename(path)
-    except BlockingIOError:
-        return f"error: another process runs {run_dir}; wait for its end, or choose another --run-name."
     except (OSError, ValueError) as error:
         return f"error: {run_dir} cannot be used ({error}); choose another --output-dir or --run-name."
     return ""
@@ -648,6 +652,7 @@ if __name__ == "__main__":
             reference = Policy(args.model_name, dtype, lora_r=0, lora_alpha=0)
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True)
+    score(policy, [[pad_id]], [[pad_id]], args, pad_id)  # FSDP settles gradient dtypes in its first pass: adapters on
 
     size = 12 * sum(parameter.numel() for parameter in trainable)  # of a checkpoint: weights and moments
     saved = gather(checkpoints(run_dir / "checkpoints"))[0]
@@ -655,11 +660,12 @@ if __name__ == "__main__":
         sys.exit(f"error: a checkpoint takes {size / 1e9:.1f} GB, too much for {run_dir}; choose another --output-dir.")
 
     # resume: what was logged after the checkpoint is cut off and done again
-    state = {"step": 0, "metrics_bytes": 0, "samples_bytes": 0, "logp_limit": None}
+    state = {"step": 0, "evaluation_due": True, "logp_limit": None, "metrics_bytes": 0, "samples_bytes": 0}
     if saved:
         state = load_checkpoint(saved[-1], policy, optimizer)
     for path, size in (metrics_path, state["metrics_bytes"]), (samples_path, state["samples_bytes"]):
-        if (path.stat().st_size if path.exists() else 0) < size:
+        found = path.stat().st_size if path.exists() else 0
+        if gather(found)[0] < size:
             sys.exit(f"error: {path} is shorter than at its checkpoint; restore it, or choose another --run-name.")
         if RANK == 0:
             with open(path, "ab") as file:
@@ -685,10 +691,11 @@ if __name__ == "__main__":
         with policy.model.disable_adapter() if args.lora_r else nullcontext():
             return score(reference, prompts, completions, args, pad_id)
 
-    def skill_logps(questions, completions):  # [B, N, C]
+    def skill_logps(questions, completions, temperature):  # [B, N, C]
         prompts = [encode(question, k + 1) for question in questions for k in range(num_skills)]
         repeated = [completion for completion in completions for _ in range(num_skills)]
-        return score(policy, prompts, repeated, args, pad_id).view(len(questions), num_skills, -1)
+        logps = score(policy, prompts, repeated, replace(args, temperature=temperature), pad_id)
+        return logps.view(len(questions), num_skills, -1)
 
     def run_evaluation(step):
         t0 = time.perf_counter()
@@ -704,13 +711,14 @@ if __name__ == "__main__":
         record = {"step": step} | {f"eval/{name}": value for name, value in figures.items()}
         if args.skill_prefix:  # 50 problems are enough to estimate I(y; z | x)
             asked = [row for row in rows if row["arm"] == "distinct" and row["id"] < 50]
-            logps_z = skill_logps([row["question"] for row in asked], [row["tokens"] for row in asked])
+            questions, completions = [row["question"] for row in asked], [row["tokens"] for row in asked]
+            logps_z = skill_logps(questions, completions, args.eval_temperature or 1.0)
             record |= skill_metrics(logps_z, torch.tensor([row["z"] - 1 for row in asked]), "eval")
         log(record | {"time/eval": time.perf_counter() - t0})
 
     sync_weights(llm, policy)
-    if state["step"] == 0:
-        run_evaluation(0)
+    if state["evaluation_due"]:
+        run_evaluation(state["step"])
     steps = range(state["step"] + 1, args.num_steps + 1)
     bar = tqdm(steps, initial=state["step"], total=args.num_steps, file=sys.stdout, disable=None)  # None: on a terminal
     for step in bar:
@@ -746,22 +754,23 @@ if __name__ == "__main__":
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         answers = [extract_answer(text, args.answer_mode) for text in texts]
         correct = torch.tensor([is_correct(a, row["gold"]) for a, row in zip(answers, batch, strict=True)])  # [B]
-        rewards = args.correct_coef * (2.0 * correct - 1.0)
+        terms = {"r_correct": args.correct_coef * (2.0 * correct - 1.0)}  # {name: [B]}, weighted
         metrics = {}
         if args.alpha_mi or args.mixture_kl_coef:
-            logps_z = skill_logps(questions, completions)  # [B, N, C]
+            logps_z = skill_logps(questions, completions, args.temperature)  # [B, N, C]
             metrics |= skill_metrics(logps_z, z, "skill")
         if args.alpha_mi:
             r_mi = mi_rewards(logps_z, z, mask, args.mi_form)
             if args.mi_gate:
                 r_mi = r_mi.clamp(min=0) * correct
-            rewards += args.alpha_mi * r_mi
+            terms["r_mi"] = args.alpha_mi * r_mi
             metrics["skill/mi_reward"] = r_mi.mean().item()
         if args.mixture_kl_coef:
             log_mixture = logps_z.sum(-1).logsumexp(1) - math.log(num_skills)  # [B]
             log_ref = reference_score([encode(question, None) for question in questions], completions).sum(-1)  # [B]
-            rewards += args.mixture_kl_coef * (log_ref - log_mixture)
+            terms["r_mixture"] = args.mixture_kl_coef * (log_ref - log_mixture)
             metrics["skill/mixture_kl"] = (log_mixture - log_ref).mean().item()
+        rewards = sum(terms.values())  # [B]
         if args.shuffle_rewards:
             rewards = rewards[np.random.default_rng([args.seed, step, 2]).permutation(len(rewards))]
         rewards = gather(rewards)[0]  # rank 0's: a last bit of difference would part the ranks
@@ -823,7 +832,7 @@ if __name__ == "__main__":
             if number == 0:
                 logp_diff = (scored_gap + sum(gather(trained_gap))) / int(lengths.sum())
                 if logp_limit is None:  # the weights are the loaded ones still: in bf16 the difference is rounding
-                    logp_limit = 1e-4 if dtype == torch.float32 else min(0.1, 3 * logp_diff)
+                    logp_limit = 1e-4 if dtype == torch.float32 else min(0.1, max(0.03, 3 * logp_diff))
                 limit = logp_limit if args.max_logp_diff is None else args.max_logp_diff
                 if not logp_diff <= limit:  # NaN fails too
                     sys.exit(
@@ -871,6 +880,7 @@ if __name__ == "__main__":
         for i in range(args.group_size):  # the first question's whole group
             record = {"step": step, "z": int(z[i]) + 1, "question": questions[i], "completion": texts[i]}
             record |= {"answer": answers[i], "gold": batch[i]["gold"], "finish_reason": samples[i]["finish_reason"]}
+            record |= {name: values[i].item() for name, values in terms.items()}
             records.append(record | {"reward": rewards[i].item(), "advantage": advantages[i].item()})
         write(samples_path, records)
         names = ("charts/accuracy", "charts/reward", "skill/mi", "charts/length")
@@ -883,13 +893,15 @@ if __name__ == "__main__":
         # evaluation and checkpoint
         stop = max(gather(max(signals, default=0)))
         last = step == args.num_steps
-        if last or step % args.eval_every == 0:
+        due = last or step % args.eval_every == 0
+        if due and not stop:
             run_evaluation(step)
         # (no checkpoint before the first update: Adam has no moments yet, and get_state_dict would invent them)
         if optimizer.state and (last or stop or step % args.save_every == 0):
-            state = {"step": step, "logp_limit": logp_limit}
-            state["metrics_bytes"] = metrics_path.stat().st_size
-            state["samples_bytes"] = samples_path.stat().st_size
+            state = {"step": step, "evaluation_due": bool(due and stop), "logp_limit": logp_limit}
+            if RANK == 0:
+                state["metrics_bytes"] = metrics_path.stat().st_size
+                state["samples_bytes"] = samples_path.stat().st_size
             save_checkpoint(run_dir / "checkpoints", policy, optimizer, state)
         if stop:
             print(f"signal {stop}: stopped after step {step}; --run-name {run_dir.name} goes on from there.")
@@ -897,6 +909,7 @@ if __name__ == "__main__":
 
     # the end: the model, and what the run has changed
     save_final(run_dir / "final", policy, tokenizer, dtype)
+    gather(None)  # no rank ends before: the others' end would stop rank 0 while it writes
     if RANK == 0:
         records = [json.loads(line) for line in metrics_path.read_text().splitlines()]
         evaluations = [record for record in records if "eval/pass@1" in record]

@@ -131,6 +131,32 @@ def test_a_signal_to_every_rank(tmp_path):
     assert "stopped after" not in outputs[1]
 
 
+def test_adapters_off_in_the_first_pass_of_bf16_ranks(tmp_path):
+    """Mixed precision as on GPUs: FSDP settles gradient dtypes in its first pass, which must not be the reference's."""
+    source = (ROOT / "grpo_upskill.py").read_text()
+    on_a_cpu = '        if DEVICE.type == "cpu":\n            precision ='
+    assert source.count(on_a_cpu) == 1
+    (tmp_path / "grpo_bf16.py").write_text(source.replace(on_a_cpu, "        if False:\n            precision ="))
+    command = [*SMALL_RUN, *RARELY, "--lora-r", "4", "--skill-prefix", "", "--alpha-mi", "0", "--kl-coef", "0.1"]
+    command = [*LAUNCH, str(tmp_path / "grpo_bf16.py"), *command[2:], "--num-steps", "2", "--max-logp-diff", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    words = [
+        *command,
+        "--output-dir",
+        str(tmp_path),
+        "--save-every",
+        "1",
+        "--correct-coef",
+        "1",
+        "--answer-mode",
+        "strict",
+    ]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = [record for record in records(tmp_path) if "global_step" in record]
+    assert len(steps) == 2 and all(0 < record["losses/grad_norm"] < 100 for record in steps)
+
+
 def test_rows_of_all_ranks(monkeypatch):
     """Every row on one rank, as many batches on each, none over its limit or with many pads; in one process too."""
     generator = torch.Generator().manual_seed(1)
