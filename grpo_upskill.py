@@ -59,8 +59,16 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from eval_gsm8k import encode_prompt, evaluate, extract_answer, is_correct
-from eval_gsm8k import load_problems, load_tokenizer, longest_prompt, plain_error
+from eval_gsm8k import (
+    encode_prompt,
+    evaluate,
+    extract_answer,
+    is_correct,
+    load_problems,
+    load_tokenizer,
+    longest_prompt,
+    plain_error,
+)
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -98,13 +106,9 @@ class Args:
     # UpSkill
     max_z: int = 5  # number of skills N
     alpha_mi: float = 5.0  # weight of the MI reward; 0 is plain GRPO and skips the N scoring passes
-    mi_form: Literal["seq", "token", "token_mean"] = (
-        "seq"  # is the mixture one of completions or of tokens? see mi_rewards
-    )
+    mi_form: Literal["seq", "token", "token_mean"] = "seq"  # mixture of completions or of tokens, see mi_rewards
     mi_gate: bool = False  # pay the MI reward to right completions only, and never less than 0
-    mixture_kl_coef: float = (
-        0.0  # weight of log p_ref(y|x) - log mixture(y|x): holds the mean over skills near the start
-    )
+    mixture_kl_coef: float = 0.0  # weight of log p_ref(y|x) - log mixture(y|x): holds the mean over skills in place
     correct_coef: float = 1.0  # weight of the correctness reward; 0 trains on MI alone
     skill_prefix: str = "Strategy {z} | "  # {z}: the skill's number; "": no skills, a control (with --alpha-mi 0)
     group_by: Literal["question", "skill"] = "question"  # whose mean reward is subtracted: all of x, or of (x, z)
@@ -857,6 +861,7 @@ if __name__ == "__main__":
         # log
         trained_tokens = sums.pop("tokens", 1)
         metrics["losses/policy_loss"] = sums.pop("loss", 0.0) / args.num_minibatches
+        metrics["rollout/is_weight"] = sums.pop("is_weight", 0.0) / trained_tokens
         metrics |= {f"losses/{name}": value / trained_tokens for name, value in sums.items()}
         metrics |= {
             "rollout/logp_diff": logp_diff,

@@ -217,8 +217,8 @@ def test_a_policy_of_nan_ends_the_run(tmp_path):
 
 def test_a_full_disk(tmp_path):
     """Too little room for checkpoints is found before training; a write that fails says so."""
-    code, output = planted(tmp_path, "shutil.disk_usage(run_dir).free < room", "0 < room")
-    assert code == 1 and "GB of disk; choose another --output-dir" in output, output
+    code, output = planted(tmp_path, "shutil.disk_usage(run_dir).free < size", "0 < size")
+    assert code == 1 and "GB, too much for" in output, output
     limit = "__import__('resource').setrlimit(1, ({0}, {0}))\n"  # of the size of a file, as a disk that is full
     save = "        if optimizer.state and (last"
     for size, words in (

@@ -15,7 +15,7 @@ from conftest import ENCODER, ROOT, TOY, training
 
 README = (ROOT / "README.md").read_text()
 ARMS = {
-    "upskill": ("grpo_upskill.py", ["--num-steps", 45, "--eval-samples", 1]),
+    "upskill": ("grpo_upskill.py", ["--num-steps", 42, "--eval-samples", 1]),
     "shuffled": ("grpo_upskill.py", ["--num-steps", 20, "--shuffle-rewards", "--eval-samples", 1]),
     "perplexity": ("grpo_perplexity.py", ["--num-steps", 30]),
     "memory": ("grpo_knn_memory.py", ["--num-steps", 30, "--eval-every", 0, "--embed-model", ENCODER]),
@@ -33,7 +33,7 @@ def folders(tmp_path_factory):
     folders = {}
     for name, (script, extra) in ARMS.items():
         folder, command = tmp_path_factory.mktemp(name), readme_command(script)
-        process = training(*extra, "--eval-size", 150, "--output-dir", folder, "--run-name", "run", command=command)
+        process = training(*extra, "--eval-size", 80, "--output-dir", folder, "--run-name", "run", command=command)
         output = process.communicate()[0]
         assert process.returncode == 0, output
         assert re.search(r"eval/pass@1 +0\.\d+ +0\.\d+", output)
