@@ -25,7 +25,6 @@ from typing import Literal
 
 import numpy as np
 import tyro
-from scipy.stats import binomtest, bootstrap
 
 # How an answer is written. Every pattern takes linear time on any text: no repeat that a later miss could undo.
 DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{2,3}){0,8},[0-9]{3}(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"  # 1,234.5
@@ -389,6 +388,8 @@ def evaluate(generate, tokenizer, problems, encode, num_samples=1, answer_mode="
     z = 1..N (arm "distinct"), and as many with z drawn at random (arm "iid"): their difference in pass@N is what asking
     *distinct* skills adds to sampling from their mixture. figures are those of the arm "distinct" where there is one.
     """
+    from scipy.stats import binomtest
+
     rng, rows = np.random.default_rng(seed), []
     for i, problem in enumerate(problems):
         plan = [("iid", None)] * num_samples
@@ -427,6 +428,8 @@ def evaluate(generate, tokenizer, problems, encode, num_samples=1, answer_mode="
 
 def compare(path_a: str, path_b: str):
     """Print the paired differences of two completions.jsonl, with 95 % bootstrap intervals over questions."""
+    from scipy.stats import bootstrap
+
     asked, scores = [], []
     for path in (path_a, path_b):
         with plain_error(f"{path} is no whole completions.jsonl; evaluate again"):
