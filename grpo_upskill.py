@@ -238,13 +238,11 @@ def load_model(model_name: str, dtype: torch.dtype):
             model_name, dtype=dtype, device_map=DEVICE, use_safetensors=True, output_loading_info=True
         )
     if loading["missing_keys"]:
-        sys.exit(
-            f"error: {model_name} lacks weights, {sorted(loading['missing_keys'])[:3]} and so on; save them again."
-        )
+        missing = sorted(loading["missing_keys"])[:3]
+        sys.exit(f"error: {model_name} lacks weights, {missing} and so on; save them again.")
     for module in model.modules():
-        module.do_not_compile = (
-            True  # vLLM's import changes some classes of transformers (GPT-NeoX): it would compile them
-        )
+        # vLLM's import changes some classes of transformers, such as GPT-NeoX's, so that they would be compiled
+        module.do_not_compile = True
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
