@@ -1,8 +1,10 @@
-"""Data, prompts, answer extraction and grading (GSM8K, MMLU), pass@k: imported by every script, and a command.
+"""The older helper, for scripts that have not followed eval_gsm8k.py and grpo_upskill.py; it goes when they have.
 
-    python eval_gsm8k.py --model-name Qwen/Qwen2.5-7B-Instruct --num-samples 5   # five i.i.d. samples a question
-    python eval_gsm8k.py --model-name runs/x/final --num-skills 5                # one sample of each skill z = 1..5
-    python eval_gsm8k.py --compare a/completions.jsonl b/completions.jsonl       # paired; or two samples of star_dpo.py
+Data, prompts, answer extraction and grading (GSM8K, MMLU), pass@k.
+
+    python first_edition.py --model-name Qwen/Qwen2.5-7B-Instruct --num-samples 5   # five i.i.d. samples a question
+    python first_edition.py --model-name runs/x/final --num-skills 5                # one sample of each skill z = 1..5
+    python first_edition.py --compare a/completions.jsonl b/completions.jsonl   # paired; or two samples of star_dpo.py
 
 GSM8K numbers depend on prompt and extraction as much as on the model, so each completion is graded three ways: by
 `--answer-mode`, and by the strict-match and the flexible-extract rule of lm-evaluation-harness (task gsm8k, version 3).

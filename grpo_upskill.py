@@ -105,7 +105,7 @@ class Args:
     answer_mode: Literal["strict", "flexible", "boxed", "xml", "auto"] = "auto"  # see eval_gsm8k.extract_answer
     # UpSkill
     max_z: int = 5  # number of skills N
-    alpha_mi: float = 5.0  # weight of the MI reward; 0 is plain GRPO and skips the N scoring passes
+    alpha_mi: float = 5.0  # weight of the MI reward; 0 is GRPO, the control, and skips the N scoring passes
     mi_form: Literal["seq", "token", "token_mean"] = "seq"  # mixture of completions or of tokens, see mi_rewards
     mi_gate: bool = False  # pay the MI reward to right completions only, and never less than 0
     mixture_kl_coef: float = 0.0  # weight of log p_ref(y|x) - log mixture(y|x): holds the mean over skills in place
