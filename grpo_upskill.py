@@ -450,25 +450,14 @@ def sync_weights(llm, policy):
 
 
 # ---- Arguments, several processes, run folder ------------------------------------------------------------------------
-def check_arguments(args):
-    """End the program if an argument, or the machine, cannot work."""
-    positive = "num_steps questions_per_step max_new_tokens temperature max_z num_minibatches max_tokens_per_microbatch"
-    positive += " is_cap max_grad_norm eval_every eval_samples save_every"
+def check_arguments(args, positive: str):
+    """End the program if a number is out of range, those named in `positive` at 0, or if torch cannot use the GPU."""
     for name, value in asdict(args).items():
         flag = f"--{name.replace('_', '-')}"
         if name in positive.split() and not value > 0:
             sys.exit(f"error: {flag} is {value}; it must be over 0.")
         if isinstance(value, (int, float)) and not 0 <= value < math.inf:
             sys.exit(f"error: {flag} is {value}; it must be a finite number of at least 0.")
-    skills = args.max_z if args.skill_prefix else 1
-    if args.group_size < 2 or args.group_size % skills:
-        sys.exit(f"error: --group-size {args.group_size} must be a multiple of the {skills} skills, and at least 2.")
-    if args.group_by == "skill" and args.group_size < 2 * skills:
-        sys.exit(f"error: --group-by skill compares completions of one z: --group-size must be at least {2 * skills}.")
-    if args.skill_prefix and "{z}" not in args.skill_prefix:
-        sys.exit(f"error: --skill-prefix {args.skill_prefix!r} has no {{z}} in it: all skills would share a prompt.")
-    if not args.skill_prefix and (args.alpha_mi or args.mixture_kl_coef):
-        sys.exit('error: --skill-prefix "" leaves no skills to tell apart; add --alpha-mi 0, no --mixture-kl-coef.')
     if torch.version.cuda and DEVICE.type == "cpu":
         sys.exit(
             f"error: torch {torch.__version__} finds no GPU that it can use; nvidia-smi must show a driver for CUDA "
@@ -596,9 +585,18 @@ def save_final(folder: Path, policy, tokenizer, dtype):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
 
-    check_arguments(args)
+    positive = "num_steps questions_per_step max_new_tokens temperature max_z num_minibatches max_tokens_per_microbatch"
+    check_arguments(args, positive + " is_cap max_grad_norm eval_every eval_samples save_every")
     num_skills = args.max_z if args.skill_prefix else 1  # N
     copies = args.group_size // num_skills  # completions of one (question, z)
+    if args.group_size < 2 or args.group_size % num_skills:
+        sys.exit(f"error: --group-size {args.group_size} must be a multiple of the {num_skills} skills, over 1.")
+    if args.group_by == "skill" and copies < 2:
+        sys.exit(f"error: --group-by skill compares completions of a z: --group-size must be at least {2 * num_skills}.")
+    if args.skill_prefix and "{z}" not in args.skill_prefix:
+        sys.exit(f"error: --skill-prefix {args.skill_prefix!r} has no {{z}} in it: all skills would share a prompt.")
+    if not args.skill_prefix and (args.alpha_mi or args.mixture_kl_coef):
+        sys.exit('error: --skill-prefix "" leaves no skills to tell apart; add --alpha-mi 0, no --mixture-kl-coef.')
 
     # data
     problems, eval_problems = load_problems(args.dataset, args.eval_dataset, args.eval_size)
