@@ -450,14 +450,19 @@ def sync_weights(llm, policy):
 
 
 # ---- Arguments, several processes, run folder ------------------------------------------------------------------------
-def check_arguments(args, positive: str):
-    """End the program if a number is out of range, those named in `positive` at 0, or if torch cannot use the GPU."""
+def check_arguments(args, positive: str, signed: str = ""):
+    """End the program if a number is out of range, or if torch cannot use the GPU.
+
+    Every number must be finite and at least 0; those named in `positive` over 0, those in `signed` may be negative.
+    """
     for name, value in asdict(args).items():
         flag = f"--{name.replace('_', '-')}"
-        if name in positive.split() and not value > 0:
+        if isinstance(value, (int, float)) and not math.isfinite(value):
+            sys.exit(f"error: {flag} is {value}; it must be a finite number.")
+        if name in positive.split() and value <= 0:
             sys.exit(f"error: {flag} is {value}; it must be over 0.")
-        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-            sys.exit(f"error: {flag} is {value}; it must be a finite number of at least 0.")
+        if isinstance(value, (int, float)) and value < 0 and name not in signed.split():
+            sys.exit(f"error: {flag} is {value}; it must be at least 0.")
     if torch.version.cuda and DEVICE.type == "cpu":
         sys.exit(
             f"error: torch {torch.__version__} finds no GPU that it can use; nvidia-smi must show a driver for CUDA "
@@ -592,7 +597,9 @@ if __name__ == "__main__":
     if args.group_size < 2 or args.group_size % num_skills:
         sys.exit(f"error: --group-size {args.group_size} must be a multiple of the {num_skills} skills, over 1.")
     if args.group_by == "skill" and copies < 2:
-        sys.exit(f"error: --group-by skill compares completions of a z: --group-size must be at least {2 * num_skills}.")
+        sys.exit(
+            f"error: --group-by skill compares completions of a z: --group-size must be at least {2 * num_skills}."
+        )
     if args.skill_prefix and "{z}" not in args.skill_prefix:
         sys.exit(f"error: --skill-prefix {args.skill_prefix!r} has no {{z}} in it: all skills would share a prompt.")
     if not args.skill_prefix and (args.alpha_mi or args.mixture_kl_coef):

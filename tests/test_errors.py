@@ -29,7 +29,7 @@ ARGUMENTS = {
     "no skills but MI": (["--skill-prefix", ""], "add --alpha-mi 0"),
     "no steps": (["--num-steps", 0], "--num-steps is 0; it must be over 0"),
     "greedy training": (["--temperature", 0], "--temperature is 0.0; it must be over 0"),
-    "negative": (["--lr", -1], "--lr is -1.0; it must be a finite number of at least 0"),
+    "negative": (["--lr", -1], "--lr is -1.0; it must be at least 0"),
     "infinite": (["--lr", "inf"], "--lr is inf; it must be a finite number"),
     "not a number": (["--kl-coef", "nan"], "--kl-coef is nan"),
     "too few problems": (["--questions-per-step", 5000], "too few for a step; add rows"),
