@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 ARMS = {
     "upskill": ("grpo_upskill.py", ["--num-steps", 42, "--eval-samples", 1]),
     "shuffled": ("grpo_upskill.py", ["--num-steps", 20, "--shuffle-rewards", "--eval-samples", 1]),
-    "perplexity": ("grpo_perplexity.py", ["--num-steps", 30]),
+    "perplexity": ("grpo_perplexity.py", ["--num-steps", 30, "--eval-every", 1000]),
     "memory": ("grpo_knn_memory.py", ["--num-steps", 30, "--eval-every", 0, "--embed-model", ENCODER]),
 }
 
@@ -63,9 +63,9 @@ def test_shuffled_rewards_teach_nothing(folders):
 def test_perplexity_reward_lowers_perplexity_and_raises_accuracy(folders):
     before, after = evaluations(folders["perplexity"])
     assert after["eval/pass@1"] >= before["eval/pass@1"] + 0.06
-    assert after["perplexity/eval_ppl"] <= 0.8 * before["perplexity/eval_ppl"]
-    assert after["perplexity/eval_q_accuracy"] >= before["perplexity/eval_q_accuracy"] + 0.06
-    assert after["perplexity/eval_ppl_swapped"] > 10 * after["perplexity/eval_ppl"]
+    assert after["eval/ppl"] <= 0.8 * before["eval/ppl"]
+    assert after["eval/q_accuracy"] >= before["eval/q_accuracy"] + 0.06
+    assert after["eval/ppl_swapped"] > 10 * after["eval/ppl"]
 
 
 def test_memory_reward_learns(folders):

@@ -8,8 +8,19 @@ import time
 import pytest
 import torch
 from conftest import PERPLEXITY_RUN, TOY, stop_message, training
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo_perplexity import group_advantages, perplexity_rewards, score, split_reasoning
+import grpo_perplexity
+from grpo_perplexity import (
+    Args,
+    Policy,
+    group_advantages,
+    perplexity_rewards,
+    score,
+    score_distinct,
+    split_reasoning,
+    target_ids,
+)
 
 CASES = json.loads((pathlib.Path(__file__).parent / "cases" / "grpo_cases.json").read_text())
 NAMES = {
@@ -23,7 +34,8 @@ NAMES = {
     "prob": "verifree_prob",
     "rlpr": "rlpr_debiased_clip01",
 }
-TAGS = "<think>\n{reasoning}\n</think>\n<answer>\n{answer}\n</answer>"
+TAGS = Args().template
+LINE = "{reasoning}\n#### {answer}"  # the toy's
 
 
 def rewards(kind, probs, base, reasoning_lens=None, group_size=1, alpha=0.5, padding=0):
@@ -32,7 +44,8 @@ def rewards(kind, probs, base, reasoning_lens=None, group_size=1, alpha=0.5, pad
     width = int(lens.max()) + padding
     table = lambda rows: torch.tensor([[math.log(p) for p in row] + [-7.7] * (width - len(row)) for row in rows])
     reasoning_lens = torch.full([len(probs)], 100) if reasoning_lens is None else torch.tensor(reasoning_lens)
-    return perplexity_rewards(table(probs), table(base), lens, reasoning_lens, group_size, kind, alpha)
+    args = Args(reward_type=kind, group_size=group_size, hybrid_alpha=alpha)
+    return perplexity_rewards(table(probs), table(base), lens, reasoning_lens, args)
 
 
 @pytest.mark.parametrize("padding", [0, 3])
@@ -53,9 +66,9 @@ def test_group_of_one_question():
         if kind in NAMES:
             found = rewards(kind, probs, base, group_size=4)
             assert found.tolist() == pytest.approx(expected, abs=1e-6)
-            advantages[kind] = group_advantages(found[None], "group")[0].tolist()
+            advantages[kind] = group_advantages(found[None], "dapo")[0].tolist()
             assert advantages[kind] == pytest.approx(case["adv_ddof1_eps1e_4"][kind], abs=1e-5)
-            unscaled = group_advantages(found[None], "none")[0].tolist()
+            unscaled = group_advantages(found[None], "dr_grpo")[0].tolist()
             assert unscaled == pytest.approx(case["adv_no_std"][kind], abs=1e-6)
     assert advantages["gain"] == pytest.approx(advantages["logprob"], abs=1e-6) and len(advantages) == 5
     assert rewards("nover", probs, base, group_size=4).tolist() == pytest.approx(case["nover_rank_reward"])
@@ -85,7 +98,9 @@ def test_impossible_answers_stay_finite(kind):
     logps = torch.tensor([[-1e4, -1e4], [0.0, 0.0]])
     lens, reasoning_lens = torch.tensor([2, 2]), torch.tensor([3, 3])
     for base in (logps, logps.flip(0)):
-        assert perplexity_rewards(logps, base, lens, reasoning_lens, 2, kind).isfinite().all()
+        assert (
+            perplexity_rewards(logps, base, lens, reasoning_lens, Args(reward_type=kind, group_size=2)).isfinite().all()
+        )
 
 
 def test_limits():
@@ -167,16 +182,78 @@ class Bigram(torch.nn.Module):
         return self.table
 
 
-def test_score_of_a_bigram_model_is_the_tables():
+@pytest.fixture
+def bigram(monkeypatch):
+    """(table, a policy around it); its head runs two tokens at a time."""
+    monkeypatch.setattr(grpo_perplexity, "HEAD_CHUNK", 2)
     torch.manual_seed(0)
     table = torch.rand(9, 9).softmax(-1)
+    policy = Policy.__new__(Policy)
+    torch.nn.Module.__init__(policy)
+    policy.model = Bigram(table)
+    return table, policy
+
+
+def test_score_of_a_bigram_model_is_the_tables(bigram):
+    table, policy = bigram
+    args = Args(max_tokens_per_microbatch=100)
     contexts, targets = [[1, 2, 3], [4], [5, 6]], [[7, 8], [1], [2, 3, 4, 5]]
-    found = score(Bigram(table), contexts, targets, 1.0, pad_id=0, max_tokens=100, head_chunk=2)
+    found = score(policy, contexts, targets, args, 0)
     for context, target, row in zip(contexts, targets, found):
         expected = [table[a, b].log().item() for a, b in zip([context[-1], *target], target)]
         assert row.tolist() == pytest.approx(expected + [0.0] * (4 - len(target)), abs=1e-6)
-    one_by_one = [score(Bigram(table), [c], [t], 1.0, 0, 100, 2)[0] for c, t in zip(contexts, targets)]
+    one_by_one = [score(policy, [c], [t], args, 0)[0] for c, t in zip(contexts, targets)]
     assert all(torch.equal(row[: len(one)], one) for row, one in zip(found, one_by_one))
+    twice = score_distinct(policy, contexts + contexts[::-1], targets + targets[::-1], args, 0)
+    assert torch.equal(twice, torch.cat([found, found.flip(0)]))
+
+
+def test_equal_reasonings_earn_equal_rewards(bigram, monkeypatch):
+    """Noise is planted in every row that is scored: a ranking of it would tell equal reasonings apart."""
+    _, policy = bigram
+    monkeypatch.setattr(grpo_perplexity, "score", lambda *a: score(*a) + 1e-6 * torch.randn(len(a[1]), 1))
+    kinds = [[1, 2], [3], [4, 5, 6], [7, 8, 1, 2]]
+    reasonings = [kinds[i] for i in (0, 1, 0, 0, 2, 0, 1, 3, 3, 3, 3, 3)]  # two groups of six
+    args = Args(reward_type="nover", group_size=6)
+    lens = torch.full((12,), 3)
+    rewards = {}
+    for scorer in (score_distinct, grpo_perplexity.score):
+        logps = scorer(policy, reasonings, [[5, 6, 7]] * 12, args, 0)
+        found = perplexity_rewards(logps, logps, lens, torch.tensor([len(c) for c in reasonings]), args).tolist()
+        rewards[scorer] = [{r for c, r in zip(reasonings[g : g + 6], found[g : g + 6]) if c == kind}
+                           for kind in kinds for g in (0, 6)]  # fmt: skip
+    assert max(map(len, rewards[score_distinct])) == 1
+    assert max(map(len, rewards[grpo_perplexity.score])) > 1  # the noise does tell them apart
+
+
+@pytest.mark.parametrize("tokens", range(1, 40, 3))
+def test_equal_rows_have_equal_ranks(tokens):
+    """Sums over rows of any length and place are the same to the last digit."""
+    torch.manual_seed(tokens)
+    logps = -torch.rand(1, tokens).expand(24, -1).contiguous() * 7
+    lens, reasoning_lens = torch.full((24,), tokens), torch.full((24,), 17)
+    args = Args(reward_type="nover", group_size=8)
+    assert perplexity_rewards(logps, logps, lens, reasoning_lens, args).tolist() == [1.0] * 24
+
+
+# ---- what is scored --------------------------------------------------------------------------------------------------
+PROBLEM = {"question": "?", "answer": "6 * 3 = <<6*3=18>>18 apples.\n#### 18", "gold": "18"}
+TARGETS = {"answer": "18", "solution": "6 * 3 = 18 apples.", "solution_answer": "6 * 3 = 18 apples.\n#### 18"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("template", [TAGS, LINE.replace(" ", "\n")], ids=["tags", "line"])
+def test_target_ids(template, target):
+    """The gold text and its end; a prefix of the answer, "1" of "18", is another target."""
+    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
+    found = target_ids(PROBLEM, target, template, tokenizer)
+    end = "\n" if template == TAGS else tokenizer.eos_token
+    assert tokenizer.decode(found) == TARGETS[target] + end
+    context = template.replace("{reasoning}", "3 + 3 = 6.").split("{answer}")[0]
+    assert encode(context) + found == encode(context + TARGETS[target] + end)
+    prefix = target_ids(PROBLEM | {"gold": "1"}, "answer", template, tokenizer)
+    assert target_ids(PROBLEM, "answer", template, tokenizer)[: len(prefix)] != prefix
 
 
 # ---- runs, as a user starts them -------------------------------------------------------------------------------------
@@ -189,91 +266,105 @@ def run(folder, *arguments):
     return records, samples
 
 
-@pytest.mark.parametrize("lora_r", [0, 4])
-def test_a_run_pays_what_the_frozen_model_says(lora_r, tmp_path):
-    """Rewards of both steps recomputed with transformers alone from samples.jsonl; the judge never moves."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+LINES = ["--template", "{reasoning}\\n####\\n{answer}"]  # as typed in a shell; a solution would merge with a space
+PAID = {
+    "all weights, hybrid": ["--kl-coef", 0.01, "--num-minibatches", 2],
+    "LoRA, solution": [
+        *("--lora-r", 4, "--lr", 1e-2, "--kl-coef", 0.1, "--reward-type", "logprob_sum", "--target", "solution"),
+        *LINES,
+    ],
+}
 
-    records, samples = run(
-        tmp_path, "--kl-coef", 0.01, "--num-minibatches", 2, "--lora-r", lora_r, "--lr", 1e-2 if lora_r else 1e-3
-    )
+
+@pytest.mark.parametrize("name", PAID)
+def test_a_run_pays_what_the_frozen_model_says(name, tmp_path):
+    """Rewards of both steps recomputed with transformers alone from samples.jsonl; the judge never moves."""
+    records, samples = run(tmp_path, *PAID[name])
     model = AutoModelForCausalLM.from_pretrained(TOY / "model")
     tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
+    solutions = {}
+    for line in (TOY / "train.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        solutions[row["question"]] = row["answer"].split("\n####")[0]
 
-    def mean_logp(sample, reasoning):
+    def logps_of(sample, reasoning):
         chat = [{"role": "user", "content": sample["question"]}]
-        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) + reasoning + "\n#### "
-        context = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        target = tokenizer(sample["gold"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) + reasoning
+        text, cue = (solutions[sample["question"]], "\n####\n") if "solution" in name else (sample["gold"], "\n#### ")
+        context = tokenizer(prompt + cue, add_special_tokens=False)["input_ids"]
+        target = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         with torch.no_grad():
             logps = model(torch.tensor([context + target])).logits[0].log_softmax(-1)
-        return sum(logps[len(context) + i - 1, t].item() for i, t in enumerate(target)) / len(target)
+        return [logps[len(context) + i - 1, t].item() for i, t in enumerate(target)]
 
     assert len(samples) == 12 and any(sample["reasoning"] for sample in samples)
     for sample in samples:
-        expected = 0.0
+        logps, base = logps_of(sample, sample["reasoning"] or ""), logps_of(sample, "")
+        mean, base_mean = sum(logps) / len(logps), sum(base) / len(base)
+        if "solution" in name:
+            expected = len(logps) * (max(-10, mean) if sample["reasoning"] else -10)
+        else:
+            expected = 0.5 * math.exp(mean) + 0.5 * max(0, 1 - math.exp(base_mean - mean)) if sample["reasoning"] else 0
+        assert sample["target_logp"] == pytest.approx(sum(logps), abs=1e-3)
+        assert sample["reward"] == pytest.approx(expected, abs=1e-5, rel=1e-5)
         if sample["reasoning"]:
-            mean, base = mean_logp(sample, sample["reasoning"]), mean_logp(sample, "")
-            expected = 0.5 * math.exp(mean) + 0.5 * max(0, 1 - math.exp(base - mean))
             assert sample["reasoning"] in sample["completion"] and "####" not in sample["reasoning"]
-        assert sample["reward"] == pytest.approx(expected, abs=1e-5)
     steps = [record for record in records if "global_step" in record]
-    assert all(record["rollout/logp_diff_max"] < 1e-4 and record["losses/grad_norm"] > 0 for record in steps)
+    assert all(record["rollout/logp_diff"] < 1e-6 and record["losses/grad_norm"] > 0 for record in steps)
+    assert records[0]["eval/ppl_without"] == records[-1]["eval/ppl_without"]  # frozen, whatever has been trained
 
 
-LINES = ["--template", "{reasoning}\n####\n{answer}"]  # solutions would merge with a space
+def test_another_judge_and_ranks(tmp_path):
+    """A judge that knows nothing has the perplexity of its vocabulary; nover pays shares of the group."""
+    judge = AutoModelForCausalLM.from_pretrained(TOY / "model")
+    torch.nn.init.normal_(judge.lm_head.weight, std=1e-4)  # every token has the same probability
+    judge.save_pretrained(tmp_path / "judge")
+    AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(tmp_path / "judge")
+    arguments = ["--reward-type", "nover", "--target", "solution_answer", "--strip-final", *LINES]
+    records, samples = run(tmp_path, *arguments, "--reward-model", tmp_path / "judge", "--temperature", 0.5)
+    assert all(record["rollout/logp_diff"] < 1e-6 for record in records if "global_step" in record)
+    assert records[0]["eval/ppl"] == pytest.approx(judge.config.vocab_size, rel=0.02)
+    shares = {round(i / n, 5) for n in range(1, 7) for i in range(n + 1)}
+    assert {round(sample["reward"], 5) for sample in samples} <= shares
+    paid = {(sample["step"], sample["reasoning"]): set() for sample in samples}
+    for sample in samples:
+        paid[sample["step"], sample["reasoning"]].add(sample["reward"])
+    assert len(paid) < len(samples)  # some reasonings of a group are equal, and earn the same
+    assert all(len(rewards) == 1 for rewards in paid.values())
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--reward-type", "accuracy", "--lora-r", 4, "--min-group-std", 0],
-        ["--reward-type", "nover", "--reward-model", "model", "--target", "solution_answer", "--strip-final", *LINES],
-        ["--reward-type", "logprob_sum", "--kl-coef", 0.1, "--target", "solution", "--shuffle-rewards", *LINES],
-    ],
-    ids=["accuracy", "another judge", "solution"],
-)
-def test_options(arguments, tmp_path):
-    """Another judge: one that knows nothing has the perplexity of its vocabulary."""
-    if "model" in arguments:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        judge = AutoModelForCausalLM.from_pretrained(TOY / "model")
-        torch.nn.init.normal_(judge.lm_head.weight, std=1e-4)  # knows nothing: every token has the same probability
-        judge.save_pretrained(tmp_path / "judge")
-        AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(tmp_path / "judge")
-        arguments = [tmp_path / "judge" if argument == "model" else argument for argument in arguments]
+def test_accuracy_is_paid_without_a_reasoning(tmp_path):
+    """The control: its completions need not hold the template's marks."""
+    arguments = ["--reward-type", "accuracy", "--lora-r", 4, "--min-group-std", 0, "--template", TAGS]
     records, samples = run(tmp_path, *arguments)
-    before = records[0]
-    assert all(record["rollout/logp_diff_max"] < 1e-4 for record in records if "global_step" in record)
-    if "accuracy" in arguments:
-        assert all(sample["reward"] == sample["correct"] for sample in samples)
-        assert not any("perplexity/ppl" in record for record in records)
-    if "nover" in arguments:
-        assert before["perplexity/eval_ppl"] == pytest.approx(judge.config.vocab_size, rel=0.02)
-        shares = {round(i / n, 5) for n in range(1, 7) for i in range(n + 1)}
-        assert {round(sample["reward"], 5) for sample in samples} <= shares
+    assert all(sample["reward"] == sample["correct"] == (sample["answer"] == sample["gold"]) for sample in samples)
+    assert len({sample["reward"] for sample in samples}) == 2
+    assert not any("perplexity/ppl" in record for record in records)
+    assert all(record["rollout/logp_diff"] < 1e-6 for record in records if "global_step" in record)
 
 
 def test_a_policy_that_writes_no_reasoning_stops_before_training(tmp_path):
     """The toy writes no <think>; a run with the default template would have nothing to learn from."""
-    process = training(
-        "--output-dir", tmp_path, "--template", "<think>{reasoning}</think>{answer}", command=PERPLEXITY_RUN
-    )
+    process = training("--output-dir", tmp_path, "--template", TAGS, command=PERPLEXITY_RUN)
     output = process.communicate()[0]
-    assert process.returncode == 2 and "no completion holds a reasoning in the marks of --template" in output
+    assert process.returncode == 1 and "no completion holds a reasoning in the marks of --template" in output
 
 
 ERRORS = {
     "no reasoning": (["--template", "{answer}"], "must hold {reasoning}"),
     "no mark between": (["--template", "{reasoning} {answer}"], "must hold {reasoning}"),
     "wrong order": (["--template", "{answer} so {reasoning}"], "must hold {reasoning}"),
-    "alpha over 1": (["--hybrid-alpha", 1.5], "--hybrid-alpha is 1.5; it must be between 0 and 1"),
-    "merged tokens": (["--target", "solution"], "merges with it; put {answer} on a line of its own"),
+    "within a line": (["--template", "<a>{reasoning}</a> {answer}!"], "{answer} at the end of a line, in this order"),
+    "empty line": (
+        ["--template", "<a>{reasoning}</a> {answer}\n\nEnd"],
+        "{answer} at the end of a line, in this order",
+    ),
+    "alpha over 1": (["--hybrid-alpha", 1.5], "--hybrid-alpha is 1.5; it must be at most 1"),
+    "merged tokens": (["--target", "solution"], "; put {answer} on a line of its own"),
     "no such judge": (["--reward-model", "nobody/nothing"], "nobody/nothing cannot be used"),
     "group of one": (["--group-size", 1], "--group-size 1 must be at least 2"),
     "no solution": (["--target", "solution"], "has no solution before its ####"),
-    "does not fit": (["--max-new-tokens", 1020], "takes only 1024; lower --max-new-tokens"),
+    "does not fit": (["--max-new-tokens", 1020], "more than the model's 1024; lower --max-new-tokens"),
 }
 
 

@@ -24,7 +24,7 @@ ARMS = {
         [*SMALL_RUN, *RARELY, "--lora-r", "0", "--num-steps", "3", "--save-every", "1", "--max-z", "4"],
         ["--kl-coef", "0.1", "--num-minibatches", "2", "--loss-type", "grpo"],
     ),
-    "perplexity": ([*PERPLEXITY_RUN, *QUICK], ["--questions-per-step", "1"]),  # micro-batches with a rank without rows
+    "perplexity": ([*PERPLEXITY_RUN, *RARELY], ["--questions-per-step", "1"]),  # micro-batches with a rank without rows
     "memory": ([*MEMORY_RUN, *QUICK], ["--lora-r", "4", "--num-steps", "2", "--intrinsic-control", "shuffled"]),
     "star": (STAR_RUN, ["--lora-r", "0", "--num-iterations", "1", "--evaluation", "loss", "--rpo-alpha", "1"]),
     "irl": (

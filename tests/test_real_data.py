@@ -96,7 +96,7 @@ def test_a_step_on_gsm8k(script, tmp_path):
     assert [record["step"] for record in records] == [0, 1, 1]
     nothing_known = torch.tensor(151_936.0).log().item()
     if script == "grpo_perplexity":  # equal rewards: no update; the frozen model knows nothing about the answer
-        assert torch.tensor(records[0]["perplexity/eval_ppl"]).log().item() == pytest.approx(nothing_known, abs=0.2)
+        assert torch.tensor(records[0]["eval/ppl"]).log().item() == pytest.approx(nothing_known, abs=0.2)
     else:
         assert records[1].get("rollout/logp_diff_max", 0) < 1e-4 and records[1].get("rollout/logp_diff", 0) < 1e-6
         assert records[1]["losses/entropy"] == pytest.approx(nothing_known, abs=0.1)

@@ -14,7 +14,11 @@ import tyro
 from conftest import ROOT
 
 SCRIPTS = sorted(path for path in ROOT.glob("*.py"))
-SECOND_EDITION = [ROOT / "eval_gsm8k.py", ROOT / "grpo_upskill.py"]  # the other scripts follow
+SECOND_EDITION = [
+    ROOT / "eval_gsm8k.py",
+    ROOT / "grpo_upskill.py",
+    ROOT / "grpo_perplexity.py",
+]  # the other scripts follow
 NAMES = [path.stem for path in SCRIPTS]
 README = (ROOT / "README.md").read_text()
 
