@@ -789,7 +789,7 @@ def sync_weights(llm, policy):
 
 # ---- Graded samples --------------------------------------------------------------------------------------------------
 def grade(question, prompt, output, tokenizer, extraction: str) -> dict:
-    """A sample with the original's columns, and its token_ids and finish_reason. An answer that did not end is wrong."""
+    """A sample with the original's columns, token_ids and finish_reason; an answer that did not end is wrong."""
     text = tokenizer.decode(output["tokens"], clean_up_tokenization_spaces=False)
     letter = None
     if output["finish_reason"] == "stop":
@@ -1019,6 +1019,7 @@ if __name__ == "__main__":
     if args.rationalize > 1:
         sys.exit(f"error: --rationalize is {args.rationalize}; it is a share, at most 1.")
 
+    args.eval_datasets = list(args.eval_datasets)  # as args.json gives it back
     if RANK > 0:  # rank 0 prints and writes
         sys.stdout, args.track = open(os.devnull, "w"), False
 
@@ -1312,4 +1313,5 @@ if __name__ == "__main__":
             for key in evaluations[0]:
                 if key.startswith("eval/") and "subject_" not in key:
                     print(f"{key:<24}{evaluations[0][key]:>10.3f}{evaluations[-1][key]:>10.3f}")
-        print(f"model: {run_dir / 'final'}   metrics: {metrics_path}   samples: {run_dir / 'samples'}")
+        model = f"model: {run_dir / 'final'}   " if trains else ""
+        print(f"{model}metrics: {metrics_path}   samples: {run_dir / 'samples'}")
