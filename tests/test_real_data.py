@@ -24,8 +24,9 @@ from transformers import (
 )
 
 from eval_gsm8k import encode_prompt, load_split
-from first_edition import load_questions, split_ids, user_message
-from star_dpo import Args
+
+from grpo_perplexity import target_ids
+from star_dpo import Args, load_questions, split_ids, user_message
 
 DATA = ROOT.parent / "shared" / "data"
 GSM8K = pathlib.Path(os.environ.get("GSM8K_DIR", DATA / "gsm8k"))
@@ -49,6 +50,30 @@ def test_prompts():
             f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nStrategy 3 | {problem['question']}<|im_end|>\n"
             "<|im_start|>assistant\n"
         )
+
+
+@pytest.mark.parametrize("target", ["answer", "solution", "solution_answer"])
+def test_perplexity_targets(target):
+    """Context and target, tokenised apart, are the tokens of both together, behind a reasoning as GSM8K has it."""
+    tokenizer = AutoTokenizer.from_pretrained(QWEN)
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
+    problems = load_split(str(GSM8K / "train.jsonl"), "train")
+    negative = [problem for problem in problems if problem["gold"].startswith("-")]
+    templates = {"<think>\n{reasoning}\n</think>\n<answer>\n{answer}\n</answer>": "\n"}  # template: end of a target
+    templates["{reasoning}\nSo:\n{answer}"] = tokenizer.eos_token
+    if target == "answer":
+        templates["{reasoning}\n#### {answer}"] = tokenizer.eos_token  # a space stays apart from a digit, too
+    for template, end in templates.items():
+        asked = problems[::50] + (negative if "####" not in template else [])
+        for problem in asked:
+            context = template.replace("{reasoning}", problem["answer"].split("\n####")[0]).split("{answer}")[0]
+            ids = target_ids(problem, target, template, tokenizer)
+            text = tokenizer.decode(ids)
+            assert text.endswith(end) and encode(context) + ids == encode(context + text)
+            if target == "answer":
+                assert text == problem["gold"] + end
+    with pytest.raises(SystemExit, match="merges with --template .* put {answer} on a line of its own"):
+        target_ids(negative[0], target, "{reasoning}\n#### {answer}", tokenizer)  # " -" is one token
 
 
 SCRIPTS = {
