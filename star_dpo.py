@@ -118,7 +118,7 @@ class Args:
     label_smoothing: float = 0.0  # of DPO: assumed share of pairs that are the wrong way round, below 0.5
     rpo_alpha: float = 0.0  # of DPO: weight of -log p / tokens of the right answer; 1 in IRPO
     score_lambda: float = 0.5  # lambda of the targets softmax(grade / lambda) in weighted and dpo_listwise
-    max_pairs: int = 0  # pairs of a question, spread evenly over its right and wrong answers; 0: every right x wrong
+    max_pairs: int = 0  # pairs of a question, drawn from every right x wrong; 0: all (IRPO: 10 of 30 samples)
     reference: Literal["initial", "iteration_start"] = "initial"  # which weights; alike with reset_model
     reset_model: bool = True  # every iteration starts from model_name again; False: goes on from the latest
     internal_epochs: int = 1  # passes over an iteration's data; 0: one iteration's sampling and grading, no training
@@ -329,17 +329,6 @@ def load_samples(path: str, dataset: list[dict], split: list[int], asked: list[d
 
 
 # ---- What is trained on, and the loss --------------------------------------------------------------------------------
-def make_pairs(right: list, wrong: list, max_pairs: int, rng) -> list[list]:
-    """[chosen, rejected] for all right x wrong; over max_pairs > 0: that many, in turn over both, shuffled by rng."""
-    pairs = [[chosen, rejected] for chosen in right for rejected in wrong]
-    if max_pairs and len(pairs) > max_pairs:
-        right = [right[i] for i in rng.permutation(len(right))]
-        wrong = [wrong[i] for i in rng.permutation(len(wrong))]
-        turn = math.lcm(len(right), len(wrong))  # after so many the same pairs would come again: shift by one
-        pairs = [[right[k % len(right)], wrong[(k + k // turn) % len(wrong)]] for k in range(max_pairs)]
-    return pairs
-
-
 def make_units(samples: list[dict], strategy: str, max_pairs: int, seed: int) -> list[list[int]]:
     """What a loss is the mean over, as indices into samples: [right] (sft), [right, wrong] (dpo), [all of a question].
 
@@ -357,7 +346,10 @@ def make_units(samples: list[dict], strategy: str, max_pairs: int, seed: int) ->
         elif strategy == "sft_unique":
             units += [[i] for i in right[:1]]
         elif strategy == "dpo":
-            units += make_pairs(right, wrong, max_pairs, rng)
+            pairs = [[chosen, rejected] for chosen in right for rejected in wrong]
+            if max_pairs and len(pairs) > max_pairs:
+                pairs = [pairs[i] for i in rng.permutation(len(pairs))[:max_pairs]]
+            units += pairs
         elif right and (wrong or strategy == "weighted"):
             units.append(right + wrong)
     return units
@@ -810,8 +802,8 @@ def grade(question, prompt, output, tokenizer, extraction: str) -> dict:
 def generate(llm, policy, tokenizer, encode, path, questions, n, temperature, args, state, signals, hint=False):
     """n graded samples of each question, kept in the file `path`; those that it holds already are not drawn again.
 
-    encode(question, hint) -> token ids of the prompt. The first CHECKED samples of each rollout have "logp_diff", the
-    mean |log p_trainer - log p_vllm| of their tokens.
+    encode(question, hint) -> token ids of the prompt. The first sample of each rollout has "logp_diff", the mean of
+    |log p_trainer - log p_vllm| over the tokens of the rollout's first CHECKED samples.
     """
     chunk = args.questions_per_rollout
     lines = path.read_text().split("\n")[:-1] if path.exists() else []  # without one that a kill cut off
@@ -840,10 +832,8 @@ def generate(llm, policy, tokenizer, encode, path, questions, n, temperature, ar
             completions = [output["tokens"] for output in outputs[:CHECKED]]
             vllm_logps = pad_sequence([torch.tensor(output["logps"]) for output in outputs[:CHECKED]], batch_first=True)
             logps = score_answers(policy, prompts[:CHECKED], completions, temperature, args, tokenizer.eos_token_id)
-            gaps = (logps - vllm_logps).abs().sum(1)  # [B]
-            for row, completion, gap in zip(rollout, completions, gaps.tolist(), strict=False):
-                row["logp_diff"] = gap / len(completion)
-            logp_diff = gaps.sum().item() / sum(map(len, completions))
+            logp_diff = (logps - vllm_logps).abs().sum().item() / sum(map(len, completions))
+            rollout[0]["logp_diff"] = logp_diff
             if state["logp_limit"] is None:  # the weights are the loaded ones: in bf16 the difference is rounding
                 state["logp_limit"] = 1e-4 if DEVICE.type == "cpu" else min(0.1, max(0.03, 3 * logp_diff))
             limit = state["logp_limit"] if args.max_logp_diff is None else args.max_logp_diff
@@ -1301,17 +1291,9 @@ if __name__ == "__main__":
                 sys.exit(128 + stop)
         state["position"] = 0
 
-    # the end: the model, and what the run has changed
+    # the end
     if trains:
         save_final(run_dir / "final", policy, tokenizer, dtype)
+        print(f"model: {run_dir / 'final'}")
     gather(None)  # no rank ends before: the others' end would stop rank 0 while it writes
-    if RANK == 0:
-        records = [json.loads(line) for line in metrics_path.read_text().splitlines()]
-        evaluations = [record for record in records if "time/eval" in record]
-        if evaluations:
-            print(f"\n{'':<24}{'before':>10}{'after':>10}")
-            for key in evaluations[0]:
-                if key.startswith("eval/") and "subject_" not in key:
-                    print(f"{key:<24}{evaluations[0][key]:>10.3f}{evaluations[-1][key]:>10.3f}")
-        model = f"model: {run_dir / 'final'}   " if trains else ""
-        print(f"{model}metrics: {metrics_path}   samples: {run_dir / 'samples'}")
+    print(f"metrics: {metrics_path}   samples: {run_dir / 'samples'}")

@@ -113,8 +113,7 @@ def make_answers(args, model: Path, folder: Path):
     """
     from transformers import AutoTokenizer
 
-    from first_edition import load_questions, split_ids, user_message
-    from star_dpo import make_units
+    from star_dpo import load_questions, make_units, split_ids, user_message
 
     questions = load_questions(str(TOY_MC / "questions.jsonl"))
     tokenizer, rows, units, rng = AutoTokenizer.from_pretrained(model), [], [], np.random.default_rng(1)
@@ -127,7 +126,7 @@ def make_answers(args, model: Path, folder: Path):
             words = rng.permutation(row["question"].split() * 3)[: int(rng.integers(8, args.max_new_tokens // 2))]
             raw = f"{' '.join(words)}\nAnswer: {letter}{tokenizer.eos_token}"
             rows.append({"indices": number, "prompted_questions": prompt, "raw_responses": raw, "scores": float(right)})
-        units = make_units(rows, "dpo", 0, 1, 1)
+        units = make_units(rows, "dpo", 0, 1)
         if len(units) >= args.steps * args.batch_size:
             break
     with (folder / "answers.jsonl").open("w") as file:
@@ -150,10 +149,9 @@ def ours(args, model: Path, folder: Path) -> dict:
         "--lora-alpha", 16,
         "--max-new-tokens", args.max_new_tokens, "--lr", args.lr, "--lr-schedule", "constant", "--warmup-steps", 0,
         "--weight-decay", 0, "--max-grad-norm", 1, "--max-tokens-per-microbatch", args.max_tokens_per_microbatch,
-        "--gpu-memory-utilization", args.gpu_memory_utilization, "--save-every", 0, "--seed", 1,
+        "--gpu-memory-utilization", args.gpu_memory_utilization, "--save-every", 10**6, "--seed", 1,
     ]  # fmt: skip
     if args.method == "grpo":
-        command[command.index("--save-every") + 1] = 10**6
         command = [
             "grpo_upskill.py", *command, "--dataset", TOY / "train.jsonl", "--eval-dataset", TOY / "test.jsonl",
             "--eval-size", 1, "--skill-prefix=", "--alpha-mi", 0, "--max-z", 1, "--questions-per-step", args.questions,
@@ -167,12 +165,8 @@ def ours(args, model: Path, folder: Path) -> dict:
             args.shuffle, "--batch-size", args.batch_size, "--preload-train", folder.parent / "answers.jsonl",
         ]  # fmt: skip
     with (folder / "log.txt").open("w") as log:
-        command = list(map(str, [ROOT / command[0], *command[1:]]))
-        command = (
-            [sys.executable, "-c", COIN, folder / "gb", *command]
-            if args.method == "grpo"
-            else [sys.executable, *command]
-        )
+        command = [sys.executable, "-c", COIN, folder / "gb", ROOT / command[0], *command[1:]]
+        command = list(map(str, command))
         if subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=ENVIRONMENT).returncode:
             sys.exit((folder / "log.txt").read_text())
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -187,8 +181,8 @@ def ours(args, model: Path, folder: Path) -> dict:
             "tokens": [r["charts/tokens_per_second"] * total for r, total in zip(steps, seconds)],
             "gb": float((folder / "gb").read_text()),
         }
-    result = {"learner": [r["time/forward_backward"] for r in steps], "gb": steps[-1]["memory/peak_gb"]}
-    scoring = next(record["time/scoring"] for record in records if "time/scoring" in record) / len(steps)
+    result = {"learner": [r["time/update"] for r in steps], "gb": float((folder / "gb").read_text())}
+    scoring = next(record["time/reference"] for record in records if "time/reference" in record) / len(steps)
     seconds = [learner + scoring for learner in result["learner"]]
     return result | {"seconds": seconds, "scoring": [scoring], "losses": [r["losses/loss"] for r in steps]}
 

@@ -10,7 +10,6 @@ import sys
 from collections import Counter
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, STAR_RUN, TOY_MC, stop_message
@@ -30,7 +29,6 @@ from star_dpo import (
     load_rows,
     load_samples,
     lr_multiplier,
-    make_pairs,
     make_units,
     pad_trees,
     plant,
@@ -220,21 +218,13 @@ def test_lora_parameter_count():
 # ---- pairs and units -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("case", CASES["pairing_cases"], ids=lambda case: "".join(map(str, case["scores"])))
 def test_pairs(case):
-    right, wrong = ([i for i, s in enumerate(case["scores"]) if s == is_right] for is_right in (1, 0))
-    pairs = make_pairs(right, wrong, 0, None)
+    samples = [{"indices": 0, "scores": float(score)} for score in case["scores"]]
+    pairs = make_units(samples, "dpo", 0, 0)
     assert len(pairs) == case["num_pairs"]
     if isinstance(case["pairs_chosen_rejected"], list):
         assert pairs == case["pairs_chosen_rejected"]
-
-
-def test_capped_pairs_are_even_and_differ():
-    for c, w, most in ((4, 6, 10), (3, 3, 5), (2, 8, 8), (5, 5, 24), (1, 9, 4)):
-        pairs = make_pairs(list(range(c)), list(range(10, 10 + w)), most, np.random.default_rng(0))
-        assert len(pairs) == most == len({tuple(pair) for pair in pairs})
-        for side, size in ((0, c), (1, w)):
-            counts = Counter(pair[side] for pair in pairs)
-            assert max(counts.values()) - min(counts[i] for i in counts) <= 1 and len(counts) == min(size, most)
-    assert make_pairs([0, 1], [2], 5, None) == [[0, 2], [1, 2]]
+    few = make_units(samples, "dpo", 2, 0)
+    assert len(few) == len({tuple(pair) for pair in few}) == min(2, len(pairs)) and all(pair in pairs for pair in few)
 
 
 def answers(*scores, question=0):
