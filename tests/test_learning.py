@@ -18,7 +18,7 @@ ARMS = {
     "upskill": ("grpo_upskill.py", ["--num-steps", 42, "--eval-samples", 1]),
     "shuffled": ("grpo_upskill.py", ["--num-steps", 20, "--shuffle-rewards", "--eval-samples", 1]),
     "perplexity": ("grpo_perplexity.py", ["--num-steps", 30, "--eval-every", 1000]),
-    "memory": ("grpo_knn_memory.py", ["--num-steps", 30, "--eval-every", 0, "--embed-model", ENCODER]),
+    "memory": ("grpo_knn_memory.py", ["--num-steps", 30, "--eval-every", 1000, "--embed-model", ENCODER]),
 }
 
 

@@ -25,10 +25,13 @@ ARMS = {
         ["--kl-coef", "0.1", "--num-minibatches", "2", "--loss-type", "grpo"],
     ),
     "perplexity": ([*PERPLEXITY_RUN, *RARELY], ["--questions-per-step", "1"]),  # micro-batches with a rank without rows
-    "memory": ([*MEMORY_RUN, *QUICK], ["--lora-r", "4", "--num-steps", "2", "--intrinsic-control", "shuffled"]),
+    "memory": (
+        [*MEMORY_RUN, *RARELY, "--lora-r", "4", "--num-steps", "2"],
+        ["--intrinsic-control", "shuffled", "--memory-mode", "past", "--knn-k", "3"],
+    ),
     "star": (STAR_RUN, ["--lora-r", "0", "--num-iterations", "1", "--evaluation", "loss", "--rpo-alpha", "1"]),
     "irl": (
-        [*IRL_RUN, "--eval-size", "1", "--skip-first-eval", "--lora-r", "0"],
+        [*IRL_RUN, *RARELY, "--lora-r", "0"],
         ["--num-train-epochs", "1", "--online-alpha", "0.3", "--lambda-kl", "0.1", "--calculator"],
     ),
 }

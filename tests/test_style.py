@@ -18,6 +18,8 @@ SECOND_EDITION = [
     ROOT / "eval_gsm8k.py",
     ROOT / "grpo_upskill.py",
     ROOT / "grpo_perplexity.py",
+    ROOT / "grpo_knn_memory.py",
+    ROOT / "irl_imitation.py",
 ]  # the other scripts follow
 NAMES = [path.stem for path in SCRIPTS]
 README = (ROOT / "README.md").read_text()
