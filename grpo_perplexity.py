@@ -121,7 +121,7 @@ class Args:
     )
     target: Literal["answer", "solution", "solution_answer"] = "answer"  # gold text that is scored
     strip_final: bool = False  # drop a last sentence "the answer is ..." from the reasoning before it is scored
-    min_group_std: float = 0.01  # groups whose rewards have a smaller std teach nothing: scaled to 1, it would be noise
+    min_group_std: float = 0.01  # a group whose rewards have a smaller std is left out: scaled to 1, it would be noise
     # loss
     loss_type: Literal["grpo", "dr_grpo", "dapo"] = "dapo"  # how tokens are weighted, see policy_loss
     clip_low: float = 0.2  # ratio is clipped below at 1 - clip_low

@@ -1,12 +1,14 @@
 """Scoring and training of this edition of grpo_upskill.py beside the first edition's, in one process, in turn.
 
-    python benchmark/editions.py toy          # the toy, 650 completions as in a step of the demo
-    python benchmark/editions.py large        # Qwen2.5's vocabulary of 151,936, width 128, lengths as GSM8K has them
+    git worktree add /tmp/first 354fceb             # the last commit of the first edition's grpo_perplexity.py
+    python benchmark/editions.py toy /tmp/first     # the toy, 650 completions as in a step of the demo
+    python benchmark/editions.py large /tmp/first   # Qwen2.5's vocabulary of 151,936, lengths as GSM8K has them
 
-The first edition's functions are those of grpo_perplexity.py, which still is of that edition. Printed are medians over
-rounds of seconds and of the rounds' ratios, and the share of pads in the micro-batches.
+The first edition's functions are those of grpo_perplexity.py. Printed are medians over rounds of seconds and of the
+rounds' ratios, and the share of pads in the micro-batches.
 """
 
+import importlib.util
 import os
 import sys
 import tempfile
@@ -21,10 +23,16 @@ import numpy as np
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-import grpo_perplexity as first
 import grpo_upskill as second
 
-toy = sys.argv[1:] == ["toy"]
+size, folder = sys.argv[1:]
+sys.path.append(folder)  # for what it imports
+spec = importlib.util.spec_from_file_location("first", Path(folder) / "grpo_perplexity.py")
+first = importlib.util.module_from_spec(spec)
+sys.modules["first"] = first  # dataclasses look there
+spec.loader.exec_module(first)
+
+toy = size == "toy"
 rounds, max_tokens = (9, 4096) if toy else (3, 4096)
 folder = ROOT / "tests" / "toy" / "model"
 rng = np.random.default_rng(0)

@@ -211,19 +211,26 @@ def test_score_of_a_bigram_model_is_the_tables(bigram):
 def test_equal_reasonings_earn_equal_rewards(bigram, monkeypatch):
     """Noise is planted in every row that is scored: a ranking of it would tell equal reasonings apart."""
     _, policy = bigram
-    monkeypatch.setattr(grpo_perplexity, "score", lambda *a: score(*a) + 1e-6 * torch.randn(len(a[1]), 1))
+    scored = []  # numbers of rows
+
+    def noisy(*arguments):
+        scored.append(len(arguments[1]))
+        return score(*arguments) + 1e-6 * torch.randn(len(arguments[1]), 1)
+
+    monkeypatch.setattr(grpo_perplexity, "score", noisy)
     kinds = [[1, 2], [3], [4, 5, 6], [7, 8, 1, 2]]
     reasonings = [kinds[i] for i in (0, 1, 0, 0, 2, 0, 1, 3, 3, 3, 3, 3)]  # two groups of six
     args = Args(reward_type="nover", group_size=6)
     lens = torch.full((12,), 3)
     rewards = {}
-    for scorer in (score_distinct, grpo_perplexity.score):
+    for scorer in (score_distinct, noisy):
         logps = scorer(policy, reasonings, [[5, 6, 7]] * 12, args, 0)
         found = perplexity_rewards(logps, logps, lens, torch.tensor([len(c) for c in reasonings]), args).tolist()
         rewards[scorer] = [{r for c, r in zip(reasonings[g : g + 6], found[g : g + 6]) if c == kind}
                            for kind in kinds for g in (0, 6)]  # fmt: skip
     assert max(map(len, rewards[score_distinct])) == 1
-    assert max(map(len, rewards[grpo_perplexity.score])) > 1  # the noise does tell them apart
+    assert scored == [4, 12]  # each distinct row once
+    assert max(map(len, rewards[noisy])) > 1  # the noise does tell them apart
 
 
 @pytest.mark.parametrize("tokens", range(1, 40, 3))
