@@ -1,734 +1,1027 @@
-"""Imitation as inverse reinforcement learning (Wulfmeier et al. 2024, arXiv 2409.01369): TD-regularised MLE, on GSM8K.
+"""Imitation as inverse reinforcement learning (Wulfmeier et al. 2024, arXiv 2409.01369): TD-regularised MLE.
 
-Logits z are a soft Q-function of text s and next token a: Q(s,a) = z_a, V(s) = log sum_a exp z_a, log pi = Q - V.
-IQ-Learn (2106.12142) reads a reward off them: r = Q(s,a) - gamma V(s'), s' = s + a. Imitation that keeps it small is
+The logits of a language model are read as a soft Q-function: s is the text so far, a the next token, s' = s + a.
 
-    loss = mean over the demonstrations' tokens of  -log pi(a|s) + lambda_td (Q(s,a) - gamma V(s'))^2
+    Q(s, a) = the logit of a,      V(s) = log sum_a exp Q(s, a),      log pi(a|s) = Q(s, a) - V(s)
+    r(s, a) = Q(s, a) - gamma V(s')          the reward that the model implies (IQ-Learn, arXiv 2106.12142)
 
-with V(s') = 0 behind the end token; r is the TD error at reward 0, hence the name. --lambda-td 0 is MLE (SFT);
---entropy-coef is the paper's control, MLE with an entropy bonus; --online-alpha adds own samples. Every evaluation also
-writes each token's reward. Left out: GAIL, packing. Not yet run on a GPU; results are in README.md.
+V(s') is 0 behind the end token. Maximum likelihood leaves the rewards arbitrary, because a constant added to all logits
+of a state changes no probability. Imitation as inverse RL keeps them small, which holds back an overconfident model:
 
-    python irl_imitation.py --model-name Qwen/Qwen2.5-1.5B                       # LoRA, meant for one GPU
-    python irl_imitation.py --lambda-td 0 --entropy-coef 0.1                     # the control, MLE + entropy bonus
+    loss = mean over the demonstrations' tokens of  -log pi(a|s) + lambda_td r(s, a)^2                     (equation 14)
+
+--online-alpha adds the model's own samples. The controls: --lambda-td 0 is MLE, plain supervised fine-tuning, and
+--lambda-td 0 --entropy-coef 0.1 is MLE with an entropy bonus. Each evaluation writes the rewards of all tokens.
+
+Left out: the paper's GAIL, several demonstrations in a row, 4-bit weights, mixture-of-experts models.
+
+    python irl_imitation.py --model-name Qwen/Qwen2.5-1.5B                # LoRA, one GPU
+    torchrun --nproc-per-node 8 irl_imitation.py --lora-r 0 --lr 1e-5     # all weights, eight GPUs, FSDP2
 """
 
-import copy, functools, json, math, os, random, re, shutil, signal, sys, time
+import ast
+import fcntl
+import functools
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import warnings
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 from typing import Literal
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engine and trainer live in this one process
-# CPU threads that wait spin for some microseconds, then sleep: spinning on makes a shared CPU ten times slower
-os.environ.update({"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000", "VLLM_LOGGING_LEVEL": "ERROR"} | os.environ)
+# Idle CPU threads go to sleep after some microseconds: busy waiting makes a shared CPU ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# The noise of libraries is turned off here, and only here.
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+logging.getLogger("vllm").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", category=FutureWarning)
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+import tyro
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
-from first_edition import (check_arguments, check_lengths, encode_prompt, evaluate, extract_answer, fail, is_correct,
-                        load_problems, load_tokenizer, open_run, start_run, with_calculation)
+from eval_gsm8k import (
+    encode_prompt,
+    evaluate,
+    load_split,
+    load_tokenizer,
+    longest_prompt,
+    plain_error,
+)
 
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+DEVICE = torch.device("cpu")
+if torch.cuda.is_available():
+    DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+# Shapes: B answers of a batch, C tokens of the longest answer, T of the longest row, n states, H hidden size.
+HEAD_CHUNK = 1024  # tokens for which logits [HEAD_CHUNK, vocabulary] exist at a time
+MAX_PADDING = 0.1  # share of a micro-batch that may be pads
+KEEP_CHECKPOINTS = 2
+
 
 @dataclass
 class Args:
     # experiment
     run_name: str = ""  # folder under output_dir; the same name again resumes it (empty: script, model, seed, time)
     output_dir: str = "runs"  # where run folders are made
-    seed: int = 1  # seed of data order, sampling and LoRA initialisation
+    seed: int = 1  # all random numbers are computed from the seed and the step
     track: bool = False  # also log to Weights & Biases (project: WANDB_PROJECT); metrics.jsonl is always written
     # model
-    model_name: str = "Qwen/Qwen2.5-1.5B"  # Hugging Face id or local folder
+    model_name: str = "Qwen/Qwen2.5-1.5B"  # Hugging Face id or folder of a base model, or of a chat model
     lora_r: int = 32  # LoRA rank on all linear layers, base weights in bf16 on a GPU; 0 trains all weights, in fp32
-    lora_alpha: int = 64  # LoRA scale: W + (lora_alpha / lora_r) B A
-    trust_remote_code: bool = False  # run Python code that comes with the model
+    lora_alpha: int = 32  # LoRA scale: W + (lora_alpha / lora_r) B A
     # data
-    dataset: str = "openai/gsm8k"  # demonstrations: hub id, or a .jsonl with `question` and `answer` ("... #### 72")
-    dataset_config: str = "main"  # configuration of a hub dataset (unused for local files)
-    eval_dataset: str = ""  # questions to sample on: a .jsonl or a hub dataset's test split (empty: the held-out tenth)
-    max_train_rows: int = 0  # train on so many demonstrations, the same for every seed; 0: all but the held-out tenth
-    template: str = "QUESTION: {question}\n\nSOLUTION:"  # prompt; the response: " " + answer (empty: chat template)
-    system_prompt: str = ""  # of the chat template, with --template ""
-    max_prompt_tokens: int = 512  # demonstrations with a longer prompt are left out, and counted
-    max_new_tokens: int = 500  # longest response in tokens; a longer demonstration is cut, and has no end then
+    dataset: str = "openai/gsm8k"  # hub id, or a .jsonl with `question` and `answer` ("... #### 72")
+    eval_dataset: str = ""  # questions to sample on: a .jsonl or a hub id, its test split (empty: the held-out tenth)
+    max_train_rows: int = 0  # train on the first so many demonstrations, the same for every seed; 0: all
+    template: str = "QUESTION: {question}\n\nSOLUTION:"  # the prompt; " " and the answer follow (empty: chat template)
+    system_prompt: str = ""  # of the chat template, with --template ""; empty: none
+    max_new_tokens: int = 500  # longest answer in tokens; a longer demonstration is cut, and has no end then
     # inverse RL
-    lambda_td: float = 0.1  # weight of the mean squared reward; 0 is MLE, more means smaller rewards, a flatter policy
-    gamma: float = 1.0  # discount of V(s') in the reward; at 1 an answer's rewards sum to log pi + V(prompt)
-    mle_steps_before_irl: int = 0  # first so many steps without squared rewards and own samples
-    td_warmup_steps: int = 0  # then raise lambda_td linearly from 0 over this many steps
+    lambda_td: float = 0.1  # weight of the mean squared reward; 0 is MLE, the control; more flattens the policy
+    gamma: float = 1.0  # discount of V(s') in the reward; at 1 the rewards of an answer sum to log pi + V(prompt)
+    mle_steps_before_irl: int = 0  # so many steps of MLE come first, without squared rewards and own samples
     value_shift: float | Literal["auto"] = "auto"  # taken off all Q and V; auto: the start's mean Q of the end token
     terminal_value: float = 0.0  # V behind the end token, after the shift
-    td_detach_next: bool = False  # no gradient through V(s') in the square (semi-gradient, an ablation)
-    online_alpha: float = 0.0  # weight of the model's own samples in iq_loss, below 1; none while lambda_td is 0
-    entropy_coef: float = 0.0  # weight of the mean entropy at the demonstrations' tokens, which is maximised
-    lambda_kl: float = 0.0  # weight of KL(pi || start) there, exact over the vocabulary
+    td_detach_next: bool = False  # no gradient through V(s') in the square: semi-gradient, an ablation
+    online_alpha: float = 0.0  # share of own samples in the value terms, see imitation_loss; below 1
+    entropy_coef: float = 0.0  # weight of the entropy at the demonstrations' tokens, which is maximised
+    lambda_kl: float = 0.0  # weight of KL(policy || start) there, exact over the vocabulary
     # optimizer
     num_train_epochs: int = 3  # passes over the demonstrations; 0 evaluates only
-    batch_size: int = 64  # demonstrations of one optimizer step
+    batch_size: int = 64  # demonstrations in a step
     lr: float = 1e-4  # peak; 1e-4 suits LoRA and small models, 1e-5 all weights of a large one
-    lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"  # decay after the warm-up, to 0 at the last step
+    lr_schedule: Literal["cosine", "constant"] = "cosine"  # decay to zero after the warm-up, or none
     warmup_steps: int = 10  # linear warm-up, in steps
     eps: float = 1e-8  # AdamW's epsilon
     weight_decay: float = 0.0  # AdamW's decoupled weight decay
-    max_grad_norm: float = 1.0  # gradient norm clip; 0: none
-    # GPU memory
-    max_tokens_per_microbatch: int = 16384  # padded tokens in a rank's forward-backward; halve it when out of memory
-    head_chunk: int = 1024  # tokens for which logits [head_chunk, vocabulary] exist at a time
-    gradient_checkpointing: bool = True  # recompute activations in the backward pass (GPU only)
-    gpu_memory_utilization: float = 0.4  # vLLM's share of the GPU, weights and cache (without a GPU: 256 MiB of cache)
-    vllm_sleep: bool = True  # give vLLM's memory back while training (GPU only)
-    max_logp_diff: float = 0.1  # stop if trainer and vLLM differ by more on average, in nats per sampled token
+    max_grad_norm: float = 1.0  # gradient norm clip
+    # memory and self-check
+    max_tokens_per_microbatch: int = 16384  # padded tokens in a rank's forward-backward; halve when out of memory
+    gpu_memory_utilization: float = 0.6  # vLLM's share of the GPU while it samples; it sleeps while the policy trains
+    max_logp_diff: float | None = None  # the self-check's limit, nats a token; None: 1e-4 in fp32, measured in bf16
     # evaluation and checkpoint
-    eval_every: int = 0  # evaluate every so many steps, besides the start and the end; 0: only there
-    skip_first_eval: bool = False  # no evaluation at the start
-    eval_size: int = 0  # evaluation questions; 0: all
-    eval_samples: int = 8  # K samples a question, for pass@k, diversity and rewards; at least 2
-    eval_temperature: float = 1.0  # of the K samples; greedy accuracy is measured besides
+    eval_every: int = 50  # evaluate every so many steps, besides the start and the end
+    eval_size: int = 200  # number of evaluation problems; 0: all
+    eval_samples: int = 8  # samples of each question, for pass@k, Self-BLEU and rewards; at least 2
+    eval_temperature: float = 1.0  # sampling temperature of evaluations; greedy accuracy is measured besides
     calculator: bool = False  # also measure greedy accuracy with a calculator that completes "<<48/2="
-    save_every: int = 100  # write a checkpoint every so many steps, and at the end; 0: only there
-    keep_last: int = 2  # checkpoints kept
-# ---- Policy ----------------------------------------------------------------------------------------------------------
-def load_policy(args, device, dtype, lora_r: int):
-    """The model args.model_name with weights in `dtype`, and LoRA adapters of rank lora_r, in fp32, unless that is 0.
+    save_every: int = 50  # write a checkpoint every so many steps, besides the end
 
-    What is trained belongs in fp32: an update of 1e-6 is lost on a bf16 weight. Dropout is off, as it is when sampling.
+
+# ---- Reward and loss -------------------------------------------------------------------------------------------------
+def token_rewards(values, chosen, lengths, terminal, args) -> torch.Tensor:
+    """r_t = Q_t - gamma V_t+1 of every token, [B, C], 0 after an answer's end.
+
+    values [B, C + 1] and chosen [B, C]: V and Q, see ValuePolicy.forward; lengths, terminal [B]: an answer's tokens,
+    and whether it ends by itself. Behind an end token V is terminal_value; where the length limit has cut an answer it
+    is the model's own V. If gamma is 1 and an answer ends, its rewards sum to log pi + V(prompt) - terminal_value: of
+    the answers to one question they rank just as log pi does.
     """
+    position = torch.arange(chosen.shape[1], device=chosen.device)
+    end = terminal[:, None] & (position == lengths[:, None] - 1)
+    rewards = chosen - args.gamma * values[:, 1:].masked_fill(end, args.terminal_value)
+    return rewards.masked_fill(position >= lengths[:, None], 0.0)
+
+
+def imitation_loss(values, chosen, entropy, kl, lengths, terminal, online, tokens, args, shift: float):
+    """The micro-batch's share of the step's loss, and sums over its demonstrations' tokens for the log.
+
+    values [B, C + 1]; chosen, entropy, kl [B, C]: see ValuePolicy.forward; lengths, terminal [B]: see token_rewards;
+    online [B]: the model's own answers. tokens: how many the demonstrations and the own answers of the whole step have,
+    over which E_demo and E_own are means; so shares add up to the loss of the step however it is split. `shift` is
+    taken off all Q and V. With a = online_alpha and D = V - gamma V':
+
+        E_demo[-log pi + lambda_kl KL - entropy_coef H] + lambda_td {(1 - a) E_demo[r^2] + a E_own[r^2]}
+            + a {E_own[D] - E_demo[D]}
+
+    That is IQ-Learn's -E_demo[r] + E_mix[D] + lambda_td E_mix[r^2] over the mixture (1 - a) demo + a own; for a = 0 it
+    is the paper's equation 14 (IQ-Learn's 12). Without the entropy bonus it is at least -a / (4 lambda_td (1 - a)).
+    Gradients flow through V', as in IQ-Learn; with td_detach_next not in r^2.
+    """
+    values, chosen = values.double() - shift, chosen.double() - shift
+    log_pi = chosen - values[:, :-1]
+    rewards = token_rewards(values, chosen, lengths, terminal, args)
+    difference = rewards - log_pi  # D
+    if args.td_detach_next:
+        rewards = token_rewards(values.detach(), chosen, lengths, terminal, args)
+
+    position = torch.arange(chosen.shape[1], device=chosen.device)
+    mask = position < lengths[:, None]  # [B, C]
+    is_demo, is_own = mask & ~online[:, None], mask & online[:, None]
+    demo = is_demo.double() / tokens[0]  # a token's weight in E_demo
+    own = is_own.double() / max(1, tokens[1])
+    alpha = args.online_alpha
+    per_token = demo * (args.lambda_kl * kl - args.entropy_coef * entropy - log_pi)
+    per_token = per_token + args.lambda_td * ((1 - alpha) * demo + alpha * own) * rewards**2
+    per_token = per_token + alpha * (own - demo) * difference
+
+    end = terminal[:, None] & (position == lengths[:, None] - 1)
+    shown = {"losses/mle": -log_pi, "losses/td": rewards**2, "losses/kl": kl, "irl/entropy": entropy}
+    shown |= {"irl/reward": rewards, "irl/value": values[:, :-1] + shift, "irl/td_terminal": end * rewards**2}
+    return per_token.sum(), {name: (is_demo * value.detach()).sum() for name, value in shown.items()}
+
+
+# ---- Policy and log-probabilities ------------------------------------------------------------------------------------
+def load_plain_tokenizer(model_name: str):
+    """load_tokenizer for prompts from a plain text template: a base model needs no chat template."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    with plain_error(f"{model_name} cannot be used; give the hub id or the folder of a model"):
+        config = AutoConfig.from_pretrained(model_name)
+        tokenizer = AutoTokenizer.from_pretrained(model_name)
+    if tokenizer.eos_token_id is None:
+        sys.exit(
+            f"error: the tokenizer of {model_name} has no EOS token, so that no completion could end; give it one."
+        )
+    return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
+
+
+def check_model(model_name: str):
+    """End the program if the model cannot be trained here. It runs before the engine, whose start takes minutes."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model_name).get_text_config()
+    after_the_head = ("final_logit_softcapping", "logits_soft_cap", "logits_scaling", "logit_scale")
+    experts = ("num_experts", "num_local_experts", "n_routed_experts")
+    for name in (*after_the_head, *experts):
+        if getattr(config, name, None) not in (None, 0, 1):
+            kind = "mixtures of experts" if name in experts else "logits that change after the head"
+            sys.exit(f"error: {model_name} sets {name}: {kind} are not supported; use another model.")
+    if Path(model_name).is_dir() and not any(Path(model_name).glob("*.safetensors")):
+        sys.exit(f"error: {model_name} holds no *.safetensors; save the weights there with save_pretrained.")
+
+
+def load_model(model_name: str, dtype: torch.dtype):
+    """The causal language model with weights in `dtype` on DEVICE; dropout is off, as it is when sampling."""
     from transformers import AutoModelForCausalLM
-    policy = AutoModelForCausalLM.from_pretrained(
-        args.model_name, dtype=dtype, use_safetensors=True, trust_remote_code=args.trust_remote_code)
-    for name in ("final_logit_softcapping", "logits_soft_cap", "logits_scaling", "logit_scale"):
-        if getattr(policy.config.get_text_config(), name, None) not in (None, 1):
-            fail(f"{args.model_name} sets {name}: its logits change after the head, which is not done here.")
-    for module in policy.modules():
-        if isinstance(module, torch.nn.Dropout):
+
+    with plain_error(f"the weights of {model_name} cannot be read"):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            model_name, dtype=dtype, device_map=DEVICE, use_safetensors=True, output_loading_info=True
+        )
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])[:3]
+        sys.exit(f"error: {model_name} lacks weights, {missing} and so on; save them again.")
+    for module in model.modules():
+        # vLLM's import changes some classes of transformers, such as GPT-NeoX's, so that they would be compiled
+        module.do_not_compile = True
+        if isinstance(module, nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
-    if args.gradient_checkpointing and device.type == "cuda":
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if lora_r:
-        from peft import LoraConfig, get_peft_model
-        lora = LoraConfig(r=lora_r, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-        policy = get_peft_model(policy, lora)
-    if WORLD_SIZE > 1:  # FSDP2: each rank keeps a share of every weight, and a layer is whole while it is computed
-        from torch.distributed.fsdp import fully_shard
-        model = policy.get_base_model() if lora_r else policy
-        for module in [*(m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())), model]:
-            fully_shard(module, reshard_after_forward=True).set_force_sum_reduction_for_comms(True)
+    return model
+
+
+class ValuePolicy(nn.Module):
+    """A causal language model whose forward pass reads its logits as Q: V, Q, entropy and KL of an answer's states.
+
+    With lora_r its base weights are frozen and adapters are trained; else all weights are. Trained weights are in fp32:
+    an update of 1e-6 is lost on a bf16 weight.
+    """
+
+    def __init__(self, model_name: str, dtype: torch.dtype, lora_r: int, lora_alpha: int):
+        super().__init__()
+        self.model = load_model(model_name, dtype)
+        if DEVICE.type == "cuda":
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if lora_r:
+            from peft import LoraConfig, get_peft_model
+
+            config = LoraConfig(r=lora_r, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+            self.model = get_peft_model(self.model, config)
+            for module in self.model.modules():
+                if hasattr(module, "cast_input_dtype_enabled"):
+                    module.cast_input_dtype_enabled = False  # peft would cast inputs to fp32, and autocast back
+        self.train()
+        if WORLD_SIZE > 1:
+            self.shard()
+
+    def shard(self):
+        """FSDP2: each rank keeps a share of every weight, and a layer is whole while it is computed."""
+        # On a GPU weights travel in bf16, in which autocast computes anyway; gradients are summed in fp32.
+        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if DEVICE.type == "cpu":
+            precision = MixedPrecisionPolicy()
+        layers = [module for module in self.modules() if type(module).__name__ in (self.base._no_split_modules or ())]
+        for module in [*layers, self]:
+            fully_shard(module, mp_policy=precision)
+            module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)  # a sum: the loss is divided by what all ranks hold
-        model.forward = lambda run: run()  # model(run): FSDP makes embedding, norm and head whole around run()
-    return policy.to(device).train()
-# ---- Inverse RL ------------------------------------------------------------------------------------------------------
-def token_values(policy, ids, prompt_lens, completion_lens, terminal, head_chunk: int, reference=None,
-                 train_entropy: bool = False):
-    """What the logits z [vocabulary] of every state say: V [B, C + 1], Q, entropy, KL and mean z [B, C each], fp32.
 
-    ids [B, T]: prompt + completion, right-padded (attention is causal: no mask); terminal [B]: bool, ends by itself.
-    V = log sum_a exp z_a before each of the C tokens, and behind the last one unless that is terminal; Q = z_a of the
-    token that follows; entropy (with a gradient if train_entropy) and KL(pi || reference) in nats, 0 without reference:
-    a model, or the policy itself with its LoRA adapters off. All are 0 after the completion's end. Only these states
-    reach the head, head_chunk at a time, recomputed in the backward pass: there never is a [B, T, vocabulary].
-    """
-    position, ends = torch.arange(ids.shape[1], device=ids.device), prompt_lens + completion_lens
-    states = (position >= prompt_lens[:, None] - 1) & (position < (ends - terminal.long())[:, None])  # [B, T]
-    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    ref_model = model if reference is policy else reference
+    @property
+    def base(self):
+        """The model without peft's wrapper; its linear layers still hold the adapters."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
-    def head_values(hidden, actions, ref_hidden):  # [n, H], [n], [n, H] -> five [n]
-        z = model.get_output_embeddings()(hidden).float()  # [n, vocabulary]
-        v, q = z.logsumexp(-1), z.gather(-1, actions[:, None])[:, 0]
-        kl = torch.zeros_like(v)
-        if reference is not None:
+    def forward(
+        self,
+        ids,
+        prompt_lens,
+        completion_lens,
+        terminal,
+        start_head=None,
+        start_hidden=None,
+        train_entropy=False,
+        states_only=False,
+    ):
+        """V [B, C + 1], and Q, entropy and KL(policy || start) [B, C], in fp32 and nats, 0 after a completion's end.
+
+        V is that of the state before each completion token, and of the state behind the last one unless that is an end
+        token. ids [B, T]: prompt + completion, right-padded (attention is causal: pads to the right change nothing, and
+        no mask is needed); terminal [B]: whether the completion ends by itself. The entropy has a gradient only with
+        train_entropy. The KL needs the start's head and its hidden states [n, H], which states_only returns. Only the
+        states named reach the head, HEAD_CHUNK at a time, and the backward pass recomputes their logits: there never
+        is a [B, T, vocabulary].
+        """
+        position = torch.arange(ids.shape[1], device=ids.device)
+        ends = (prompt_lens + completion_lens - terminal.long())[:, None]
+        states = (position >= prompt_lens[:, None] - 1) & (position < ends)  # [B, T]
+        # Autocast caches bf16 copies of weights. FSDP frees a weight after use, so no copy may stay.
+        with torch.autocast("cuda", torch.bfloat16, DEVICE.type == "cuda", cache_enabled=WORLD_SIZE == 1):
+            hidden = self.base.base_model(input_ids=ids, use_cache=False).last_hidden_state[states]  # [n, H]
+            if states_only:
+                return hidden
+            columns = [hidden, ids.roll(-1, 1)[states]]  # states, and the tokens that follow them
+            if start_hidden is not None:
+                columns.append(start_hidden)
+            numbers = []
+            for chunk in zip(*[column.split(HEAD_CHUNK) for column in columns], strict=True):
+                inputs = (train_entropy, start_head, *chunk)
+                numbers.append(checkpoint(self.head, *inputs, use_reentrant=False, preserve_rng_state=False))
+
+        position = torch.arange(int(completion_lens.max()) + 1, device=ids.device)
+        reached = position < (completion_lens + 1 - terminal.long())[:, None]  # [B, C + 1]
+        table = torch.zeros((*reached.shape, 4), device=ids.device)
+        values, *others = table.masked_scatter(reached[:, :, None], torch.cat(numbers)).unbind(-1)
+        mask = position[:-1] < completion_lens[:, None]  # [B, C]
+        return values, *[other[:, :-1].masked_fill(~mask, 0.0) for other in others]
+
+    def head(self, train_entropy, start_head, hidden, actions, start_hidden=None):
+        """V, Q, entropy, KL, [n, 4], at hidden states [n, H]; formed in fp32, as bf16 is wrong in the third digit."""
+        logits = self.base.get_output_embeddings()(hidden).float()  # [n, vocabulary]
+        values = logits.logsumexp(-1)
+        chosen = logits.gather(-1, actions[:, None])[:, 0]
+        logps = logits - values[:, None]
+        with torch.set_grad_enabled(train_entropy):
+            entropy = -(logps.exp() * logps).sum(-1)
+        kl = torch.zeros_like(values)
+        if start_hidden is not None:
             with torch.no_grad():
-                ref_log_p = ref_model.get_output_embeddings()(ref_hidden).float().log_softmax(-1)
-            kl = ((log_p := z - v[:, None]).exp() * (log_p - ref_log_p)).sum(-1)
-        with nullcontext() if train_entropy else torch.no_grad():
-            entropy = -((log_p := z - v[:, None]).exp() * log_p).sum(-1)
-        return v, q, entropy, kl, z.detach().mean(-1)
+                start_logps = start_head(start_hidden).float().log_softmax(-1)
+            kl = (logps.exp() * (logps - start_logps)).sum(-1)
+        return torch.stack([values, chosen, entropy, kl], dim=-1)
 
-    def ref_states():
-        return ref_model.base_model(input_ids=ids, use_cache=False).last_hidden_state[states]
+    def merged_weights(self):
+        """(name, tensor) of every weight, whole, under its Hugging Face name; LoRA as W + (alpha / r) B A, in fp32.
 
-    def forward():
-        hidden = ref_hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[states]  # [n, H]
-        if reference is not None:
-            with torch.no_grad(), policy.disable_adapter() if reference is policy else nullcontext():
-                ref_hidden = ref_model(ref_states) if WORLD_SIZE > 1 and ref_model is not model else ref_states()
-        columns = hidden, ids.roll(-1, 1)[states], ref_hidden.detach()  # action: the next token (none behind a cut)
-        chunks = zip(*(column.split(head_chunk) for column in columns), strict=True)
-        parts = [checkpoint(head_values, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-        return [torch.cat(column) for column in zip(*parts, strict=True)]
+        One layer at a time into a temporary, never in place, which would drift in bf16.
+        """
+        for name, weight in self.base.state_dict().items():
+            if ".lora_" in name:
+                continue
+            if name.endswith(".base_layer.weight"):
+                layer = self.base.get_submodule(name.removesuffix(".base_layer.weight"))
+                weight = weight.float() + layer.get_delta_weight("default")  # (alpha / r) B A
+            yield name.replace(".base_layer.", "."), whole(weight)
 
-    with torch.autocast("cuda", torch.bfloat16, ids.device.type == "cuda", cache_enabled=WORLD_SIZE == 1):
-        parts = model(forward) if WORLD_SIZE > 1 else forward()
-    place = torch.arange(int(completion_lens.max()) + 1, device=ids.device)
-    mask = place < (completion_lens + 1 - terminal.long())[:, None]  # [B, C + 1]
-    zeros = torch.zeros(mask.shape, device=ids.device)
-    values, *others = (zeros.masked_scatter(mask, column) for column in parts)
-    return values, *(column[:, :-1] * (place[:-1] < completion_lens[:, None]) for column in others)
-
-def iq_loss(values, chosen, lengths, terminal, online, tokens, gamma: float, lambda_td: float, alpha: float = 0.0,
-            shift: float = 0.0, terminal_value: float = 0.0, detach_next: bool = False):
-    """This part's share of the loss (0-d), and the rewards r = Q - gamma V' [B, C], 0 after the end; both fp64.
-
-    values [B, C + 1], chosen [B, C]: V and Q of `token_values`; lengths, terminal, online [B]: tokens, whether the last
-    one is the end token, whether it is the model's own sample; tokens: how many the whole batch of the step has of
-    demonstrations and of own samples, which the means E_demo and E_own are over.
-
-        -E_demo[Q - V] + lambda {(1 - alpha) E_demo[r^2] + alpha E_own[r^2]} + alpha {E_own[D] - E_demo[D]}
-
-    with D = V - gamma V': IQ-Learn's -E_demo[r] + E_mix[D] + lambda E_mix[r^2] over mix = (1 - alpha) demo + alpha own.
-    alpha = 0 is the paper's equation 14 (IQ-Learn's 12), >= 0; else it is >= -alpha / (4 lambda (1 - alpha)). V' is
-    terminal_value behind an end token, the model's V where a length limit cut; `shift` is taken off all Q and V.
-    Gradients flow through V', in r^2 unless detach_next, as in IQ-Learn.
-    """
-    values, chosen = values.double() - shift, chosen.double() - shift
-    place = torch.arange(chosen.shape[1], device=chosen.device)
-    mask, ended = place < lengths[:, None], terminal[:, None] & (place == lengths[:, None] - 1)  # [B, C]
-    next_values = torch.where(ended, terminal_value, values[:, 1:])
-    rewards = (chosen - gamma * (next_values.detach() if detach_next else next_values)) * mask
-    demo, own = mask * ~online[:, None] / max(1, tokens[0]), mask * online[:, None] / max(1, tokens[1])  # token weights
-    loss = demo * (values[:, :-1] - chosen) + lambda_td * ((1 - alpha) * demo + alpha * own) * rewards**2
-    loss = loss + alpha * (own - demo) * (values[:, :-1] - gamma * next_values)
-    return loss.sum(), rewards.detach()
-
-def lr_multiplier(step: int, warmup: int, total: int, schedule: str) -> float:
-    """Share of the peak learning rate in step 0..total-1: up to 1 in `warmup` steps, then down to 0 in the last one."""
-    if step + 1 <= warmup:
-        return (step + 1) / warmup
-    left = max(0, total - step - 1) / max(1, total - warmup)
-    return {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant": 1.0}[schedule]
 
 @torch.no_grad()
-def score_values(policy, rows: list[dict], pad_id: int, max_tokens: int, head_chunk: int) -> list[list[np.ndarray]]:
-    """V [n + 1], Q, entropy, KL, mean z [n each] of every row {"prompt", "tokens", "terminal"}; see `token_values`."""
-    device, results = next(policy.parameters()).device, [None] * len(rows)
-    for part in micro_batches([len(row["prompt"]) + len(row["tokens"]) for row in rows], max_tokens):
-        batch = pad_batch([rows[i]["prompt"] for i in part], [rows[i]["tokens"] for i in part], pad_id, device)
-        terminal = torch.tensor([rows[i]["terminal"] for i in part] or [True], device=device)
-        columns = [column.double().cpu().numpy() for column in token_values(policy, *batch, terminal, head_chunk)]
-        for k, i in enumerate(part):
-            n = len(rows[i]["tokens"])
-            results[i] = [columns[0][k, : n + 1], *(column[k, :n] for column in columns[1:])]
-    return [next(filter(None, shares)) for shares in zip(*gather(results), strict=True)]  # each row from its rank
-# ---- What the evaluation measures ------------------------------------------------------------------------------------
-def reward_scores(values, chosen, terminal: bool, gamma: float, terminal_value: float):
-    """Token rewards r_t = Q_t - gamma V_t+1 [n] of one answer, from V [n + 1] and Q [n], and {score: number}.
+def score_answers(policy, rows: list[dict], args, pad_id: int, shift: float) -> list[dict]:
+    """The rows {"prompt", "tokens", "terminal"}, and with each what the policy says of its n tokens.
 
-    Scores: the sum of r, its mean, the discounted sum of gamma^t r_t, log pi(y|x), its mean, and V(s_0). For gamma = 1
-    and an answer that ends, sum = log pi + V(s_0) - terminal_value: within a question it ranks exactly as log pi does.
+    "rewards", "log_pis", "entropies" [n], their sums and means "sum", "mean", "log_pi", "mean_log_pi", and "v0", the V
+    of the prompt; `shift` is taken off all Q and V.
     """
-    rewards = chosen - gamma * np.append(values[1:-1], terminal_value if terminal else values[-1])
-    log_pi, weights = chosen - values[:-1], gamma ** np.arange(len(chosen))
-    return rewards, {"sum": rewards.sum(), "mean": rewards.mean(), "discounted": weights @ rewards,
-                     "log_pi": log_pi.sum(), "mean_log_pi": log_pi.mean(), "v0": values[0]}
+    scored = {}
+    lengths = [len(row["prompt"]) + len(row["tokens"]) for row in rows]
+    for micro in micro_batches(lengths, args.max_tokens_per_microbatch):
+        inputs = pad_rows([rows[i] for i in micro], pad_id)
+        values, chosen, entropy, _ = policy(*inputs)
+        values, chosen = values.double() - shift, chosen.double() - shift
+        rewards = token_rewards(values, chosen, *inputs[2:], args)
+        table = torch.stack([rewards, chosen - values[:, :-1], entropy]).cpu().numpy()  # [3, B, C]
+        for k, i in enumerate(micro):
+            rewards, log_pis, entropies = table[:, k, : len(rows[i]["tokens"])]
+            scores = {"sum": rewards.sum(), "mean": rewards.mean(), "v0": values[k, 0].item()}
+            scores |= {"log_pi": log_pis.sum(), "mean_log_pi": log_pis.mean()}
+            scores |= {"rewards": rewards.tolist(), "log_pis": log_pis.tolist(), "entropies": entropies.tolist()}
+            scored[i] = rows[i] | scores
+    if WORLD_SIZE > 1:  # each rank has its own rows
+        policy.reshard()  # FSDP would keep the head whole until the next backward pass
+    for share in gather(scored):
+        scored |= share
+    return [scored[i] for i in range(len(rows))]
 
-def reward_figures(rows: list[dict]) -> dict[str, float]:
-    """How well each score knows right from wrong; rows hold id, kind, correct, rougeLsum and the scores.
 
-    {score}_spearman, _rouge: rank correlation with correctness, with ROUGE-L, over all samples. Within a question:
-    _auroc: chance that a right sample scores above a wrong one, mean over questions with both; _best_of: accuracy of
-    its best sample; _corrupted: share of references above their corrupted copy. Ties count half; NaN is left out.
+# ---- Batches ---------------------------------------------------------------------------------------------------------
+def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """This rank's rows of each batch.
+
+    Rows are sorted by length, longest first, and cut into batches. A batch is full at max_tokens padded tokens a rank,
+    or where more than MAX_PADDING of it would be pads. Each rank takes every WORLD_SIZE-th row of a batch, so that all
+    get equally many batches, and of the last perhaps an empty one.
     """
-    import pandas
-    table, figures = pandas.DataFrame(rows), {}
-    samples, reference, corrupted = (table[table.kind == kind] for kind in ("sample", "reference", "corrupted"))
-    right = samples.correct.astype(float)
-    n_right = right.groupby(samples.id).sum()
-    n_pairs = n_right * (right.groupby(samples.id).size() - n_right)  # 0 / 0 below is NaN, which mean() passes over
-    for score in ("sum", "mean", "discounted", "log_pi", "mean_log_pi", "v0"):
-        x, a, b = samples[score], reference[score].to_numpy(), corrupted[score].to_numpy()
-        ranks, best = x.groupby(samples.id).rank(), right[x == x.groupby(samples.id).transform("max")]
-        u = (ranks * right).groupby(samples.id).sum() - n_right * (n_right + 1) / 2  # Mann-Whitney's U
-        figures |= {f"{score}_spearman": x.rank().corr(right.rank()),
-                    f"{score}_rouge": x.rank().corr(samples.rougeLsum.rank())}
-        if score != "v0":  # the same for all answers to a question, but for rounding
-            figures |= {f"{score}_corrupted": np.mean((a > b) + (a == b) / 2), f"{score}_auroc": (u / n_pairs).mean(),
-                        f"{score}_best_of": best.groupby(samples.id).mean().mean()}
-    return {key: float(value) for key, value in figures.items() if value == value}
+    batches = []
+    tokens = 0  # of the last batch, without pads
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches:
+            longest, rows = lengths[batches[-1][0]], len(batches[-1])
+            full = rows >= WORLD_SIZE * max(1, max_tokens // longest)
+            too_short = tokens + lengths[i] < (1 - MAX_PADDING) * (rows + 1) * longest
+        if not batches or full or (too_short and rows % WORLD_SIZE == 0):
+            batches.append([])
+            tokens = 0
+        batches[-1].append(i)
+        tokens += lengths[i]
+    return [batch[RANK::WORLD_SIZE] for batch in batches]
 
-def diversity(texts: list[str]) -> dict[str, float]:
-    """Self-BLEU and distinct-1, 2, 3 of the K >= 2 answers to one question, on words and punctuation marks.
 
-    self_bleu (Zhu et al. 2018): mean BLEU-4 of each answer against the other K - 1, smoothed (method 1 of Chen and
-    Cherry 2014); 1: all the same. distinct_n: different n-grams over n-grams.
+def pad_batch(prompts, completions, pad_id: int) -> list[torch.Tensor]:
+    """Right-padded prompt + completion: ids [B, T], prompt lengths [B], completion lengths [B], on DEVICE.
+
+    Example: prompts [[5, 6], [7]], completions [[8], [9, 1]] -> ids [[5, 6, 8], [7, 9, 1]], [2, 1], [1, 2].
     """
-    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-    words, smooth = [re.findall(r"\w+|[^\w\s]", text) for text in texts], SmoothingFunction().method1
-    rest = [words[:i] + words[i + 1 :] for i in range(len(words))]  # a copy has BLEU 1, however short
-    bleu = [1.0 if x in y else sentence_bleu(y, x, smoothing_function=smooth) for x, y in zip(words, rest, strict=True)]
-    figures = {"self_bleu": float(np.mean(bleu))}
-    for n in (1, 2, 3):
-        grams = [gram for answer in words for gram in zip(*(answer[i:] for i in range(n)), strict=False)]
-        figures[f"distinct_{n}"] = len(set(grams)) / max(1, len(grams))
-    return figures
+    if not prompts:  # a rank without rows runs a pad, which adds 0 to every sum and gradient
+        prompts, completions = [[pad_id]], [[]]
+    rows = [torch.tensor(prompt + completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    prompt_lens = torch.tensor([len(prompt) for prompt in prompts])
+    completion_lens = torch.tensor([len(completion) for completion in completions])
+    return [tensor.to(DEVICE) for tensor in (ids, prompt_lens, completion_lens)]
 
-def corrupt(answer: str, rng) -> str:
-    """A solution with one whole number before "####" made larger by 1 to 9 (unchanged if there is none)."""
-    numbers = list(re.finditer(r"(?<![0-9.,])[0-9]+(?![0-9]|[.,][0-9])", answer.rpartition("####")[0]))
-    if not numbers:
-        return answer
-    chosen = numbers[rng.integers(len(numbers))]
-    return f"{answer[: chosen.start()]}{int(chosen[0]) + int(rng.integers(1, 10))}{answer[chosen.end() :]}"
+
+def pad_rows(rows: list[dict], pad_id: int) -> list[torch.Tensor]:
+    """pad_batch of rows {"prompt", "tokens", "terminal"}, and terminal [B]."""
+    batch = pad_batch([row["prompt"] for row in rows], [row["tokens"] for row in rows], pad_id)
+    terminal = [row["terminal"] for row in rows] or [True]
+    return [*batch, torch.tensor(terminal, device=DEVICE)]
+
+
 # ---- vLLM ------------------------------------------------------------------------------------------------------------
-def make_engine(args, device, max_model_len: int):
+def make_engine(args, max_model_len: int):
     """A vLLM engine in this process, with random weights until the first `sync_weights`."""
-    options = {"gpu_memory_utilization": args.gpu_memory_utilization, "enable_sleep_mode": args.vllm_sleep}
-    if device.type == "cpu":  # a KV cache that does not depend on how much memory happens to be free
-        options = {"kv_cache_memory_bytes": 2**28, "enforce_eager": True}
+    if DEVICE.type == "cuda":
+        options = {"dtype": "bfloat16", "gpu_memory_utilization": args.gpu_memory_utilization}
+        options |= {"enable_sleep_mode": True, "sleep_mode_offload_cudagraph": True}
+    else:
+        torch.compiler.set_stance("force_eager")  # vLLM would compile one small function for 20 seconds
+        # a cache that does not depend on how much memory happens to be free
+        options = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 2**28}
     if WORLD_SIZE > 1:
-        options["distributed_executor_backend"] = "external_launcher"  # no workers: each rank its own engine
-    dtype = "bfloat16" if device.type == "cuda" else "float32"  # "auto" would read fp32 checkpoints as fp16
-    try:
+        options["distributed_executor_backend"] = "external_launcher"  # each rank has an engine of its own
+    packages = "requirements.txt, without a GPU tests/requirements-cpu.txt"
+    with plain_error(f"vLLM did not start with {args.model_name} on a {DEVICE.type}; it takes {packages}"):
         from vllm import LLM
-        llm = LLM(model=args.model_name, tokenizer=getattr(args, "tokenizer_name", "") or None, load_format="dummy",
-                  dtype=dtype, max_model_len=max_model_len, seed=args.seed, trust_remote_code=args.trust_remote_code,
-                  logprobs_mode="processed_logprobs", **options)
-    except Exception as error:  # import, memory and configuration errors have no common base class
-        fail(f"vLLM did not start with {args.model_name} on a {device.type} ({' '.join(str(error).split())[:300]}); it "
-             "takes requirements.txt, without a GPU tests/requirements-cpu.txt.")
-    if WORLD_SIZE > 1:  # each rank answers its share of the prompts, and all get all answers
-        own = llm.generate
-        def generate(prompts, *arguments, **options):
-            draws, state = np.random.randint(2**32, size=WORLD_SIZE), np.random.get_state()  # alike on all ranks
-            for set_seed in (np.random.seed, torch.manual_seed):  # vLLM draws from torch's, on a GPU from numpy's
-                set_seed(int(draws[RANK]))
-            shares = gather(own(prompts[RANK::WORLD_SIZE], *arguments, **options))
-            np.random.set_state(state)
-            return [shares[i % WORLD_SIZE][i // WORLD_SIZE] for i in range(len(prompts))]
-        llm.generate = generate
-    return llm
 
-def rollout(llm, prompts: list[list[int]], n: int, temperature: float, max_new_tokens: int) -> list[dict]:
+        return LLM(
+            model=args.model_name,
+            load_format="dummy",
+            max_model_len=max_model_len,
+            seed=args.seed,
+            logprobs_mode="processed_logprobs",  # at the sampling temperature
+            use_tqdm_on_load=False,
+            **options,
+        )
+
+
+def sample(llm, prompts, n: int, temperature: float, max_new_tokens: int, seed: list[int]) -> list[dict]:
     """n completions of each prompt: [{"tokens", "logps", "finish_reason"}], the n of a prompt side by side.
 
     `logps` are vLLM's, of the sampled tokens at that temperature. No top-p, no top-k: the loss differentiates the full
-    distribution. A completion that ended by itself keeps its end token.
+    distribution. A completion that ended by itself keeps its end token. All draws follow from `seed`: a resumed run
+    needs no generator's state. With several ranks each answers every WORLD_SIZE-th prompt, and all get all answers.
     """
     from vllm import SamplingParams
-    sampling = SamplingParams(n=n, temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_new_tokens, logprobs=0,
-                              detokenize=False)
-    results = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
-    outputs = [output for result in results for output in result.outputs]
-    return [{"tokens": list(output.token_ids), "finish_reason": output.finish_reason,
-             "logps": [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)]}
-            for output in outputs]
 
-def merged_weights(policy):
-    """(name, tensor) of every weight, whole, under its Hugging Face name; LoRA as W + (alpha / r) B A, formed in fp32.
+    params = SamplingParams(n=n, temperature=temperature, max_tokens=max_new_tokens, logprobs=0, detokenize=False)
+    draw = int(np.random.SeedSequence([*seed, RANK]).generate_state(1)[0])
+    np.random.seed(draw)  # vLLM draws from numpy's generator on a GPU,
+    torch.manual_seed(draw)  # from torch's on a CPU
+    if not llm.reset_prefix_cache():  # it holds keys and values of older weights; and it would change the draws
+        sys.exit("error: vLLM did not reset its prefix cache; its completions would mix old and new weights.")
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts[RANK::WORLD_SIZE]]
+    answers = []
+    for result in llm.generate(requests, params, use_tqdm=False):
+        answers.append([])
+        for output in result.outputs:
+            tokens = list(output.token_ids)
+            logps = [entry[token].logprob for entry, token in zip(output.logprobs, tokens, strict=True)]
+            answers[-1].append({"tokens": tokens, "logps": logps, "finish_reason": output.finish_reason})
+    shares = gather(answers)
+    return [answer for i in range(len(prompts)) for answer in shares[i % WORLD_SIZE][i // WORLD_SIZE]]
 
-    One layer at a time into a temporary, never in place, which would drift in bf16. The engine rounds to its own dtype:
-    in bf16, entries of B A below half a step of W vanish there.
-    """
-    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    for name, weight in model.state_dict().items():
-        if ".base_layer." in name:
-            layer, name = model.get_submodule(name.split(".base_layer.")[0]), name.replace(".base_layer.", ".")
-            if name.endswith(".weight"):
-                weight = weight.float() + layer.get_delta_weight("default")  # (alpha / r) B A
-        if ".lora_" not in name:
-            yield name, unsharded(weight)
 
 @torch.no_grad()
-def sync_weights(llm, policy, sleep: bool):
-    """Wake the engine, push the policy's weights into it, drop cached prefixes, which hold the old weights' keys."""
-    if sleep:
+def sync_weights(llm, policy):
+    """Wake the engine and push the policy's weights into it."""
+    if DEVICE.type == "cuda":
         llm.wake_up(["weights"])
-    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": merged_weights(policy)})
-    if sleep:
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": policy.merged_weights()})
+    if DEVICE.type == "cuda":
         llm.wake_up(["kv_cache"])
-    if not llm.reset_prefix_cache():
-        raise RuntimeError("vLLM did not reset its prefix cache; its next completions would mix old and new weights.")
 
-def with_calculator(llm, tokenizer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
-    """Greedy answers with the true value behind every "<<48/2=": cut at the first wrong one, mended, sampled on."""
-    texts, going = dict.fromkeys(range(len(prompts)), ""), list(range(len(prompts)))
-    while going:
-        begun = [tokenizer(texts[i], add_special_tokens=False)["input_ids"] for i in going]
-        samples = rollout(llm, [prompts[i] + ids for i, ids in zip(going, begun, strict=True)], 1, 0.0, max_new_tokens)
-        for i, ids, sample in zip(going, begun, samples, strict=True):
-            texts[i] = tokenizer.decode((ids + sample["tokens"])[:max_new_tokens], skip_special_tokens=True)
-        better = {i: text for i in going if (text := with_calculation(texts[i]))}
-        going = [i for i, text in better.items() if len(tokenizer(text)["input_ids"]) < max_new_tokens]
-        texts |= {i: better[i] for i in going}
-    return list(texts.values())
-# ---- Figures ---------------------------------------------------------------------------------------------------------
-def plot_rewards(rows: list[dict], path: Path):
-    """Heat maps of the token rewards of a right and of a wrong sample, of one question if there is one with both."""
-    from matplotlib.figure import Figure
-    both = {row["id"]: {} for row in rows}
-    for row in rows:
-        both[row["id"]].setdefault(row["correct"], row)
-    shown = {right: row for pair in sorted(both.values(), key=len) for right, row in pair.items()}  # the last stays
-    limit, width = max(abs(reward) for row in shown.values() for reward in row["rewards"]) or 1, 16
-    axes = Figure(figsize=(10 * len(shown), 6)).subplots(1, len(shown), squeeze=False)[0]
-    for axis, (right, row) in zip(axes, sorted(shown.items(), reverse=True), strict=True):
-        cells = row["rewards"] + [math.nan] * (-len(row["rewards"]) % width)
-        axis.imshow(np.reshape(cells, (-1, width)), "RdBu", vmin=-limit, vmax=limit, aspect="auto")
-        for i, piece in enumerate(row["pieces"]):
-            axis.text(i % width, i // width, repr(piece)[1:-1].replace("$", r"\$"), ha="center", va="center", size=8)
-        axis.set_title(f"{'right' if right else 'wrong'}: sum {row['sum']:.2f}; red < 0 < blue, up to {limit:.2f}")
-        axis.axis("off")
-    axes[0].figure.savefig(path, dpi=120, bbox_inches="tight")
-# ---- Several processes, micro-batches --------------------------------------------------------------------------------
+
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
+def self_bleu(texts: list[str], num_samples: int) -> float:
+    """Mean BLEU-4 of each text against the others of its question (Zhu et al. 2018): 1 if all are the same.
+
+    The num_samples >= 2 texts of a question stand side by side. On words and punctuation marks, smoothed by method 1 of
+    Chen and Cherry 2014; a copy has BLEU 1, however short.
+    """
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+
+    smoothing = SmoothingFunction().method1
+    words = [re.findall(r"\w+|[^\w\s]", text) for text in texts]
+    scores = []
+    for i, own in enumerate(words):
+        first = i - i % num_samples
+        others = words[first:i] + words[i + 1 : first + num_samples]
+        scores.append(1.0 if own in others else sentence_bleu(others, own, smoothing_function=smoothing))
+    return float(np.mean(scores))
+
+
+def answer_figures(held_out: list[dict], samples: list[dict], num_samples: int) -> dict[str, float]:
+    """Means over the tokens of rows of score_answers, and how well their scores tell right samples from wrong ones.
+
+    {score}_spearman: rank correlation with correctness over all samples. Within a question, means over questions:
+    {score}_auroc: chance that a right sample scores above a wrong one; {score}_best_of: accuracy of its best sample.
+    Ties count half. The num_samples of a question stand side by side.
+    """
+    from scipy.stats import mannwhitneyu, spearmanr
+
+    figures = {}
+    for label, rows in ("val", held_out), ("sample", samples):
+        figures[f"eval/{label}_mle"] = -np.concatenate([row["log_pis"] for row in rows]).mean()
+        figures[f"eval/{label}_td"] = (np.concatenate([row["rewards"] for row in rows]) ** 2).mean()
+        figures[f"eval/{label}_entropy"] = np.concatenate([row["entropies"] for row in rows]).mean()
+
+    correct = np.array([row["correct"] for row in samples]).reshape(-1, num_samples)  # [questions, K]
+    for name in ("sum", "mean", "log_pi", "mean_log_pi"):
+        scores = np.array([row[name] for row in samples]).reshape(-1, num_samples)
+        best = scores == scores.max(1, keepdims=True)
+        figures[f"reward/{name}_best_of"] = ((correct & best).sum(1) / best.sum(1)).mean()
+        if correct.any() and not correct.all():
+            figures[f"reward/{name}_spearman"] = spearmanr(scores, correct, axis=None).statistic
+        aurocs = []
+        for own, right in zip(scores, correct, strict=True):
+            if right.any() and not right.all():
+                u = mannwhitneyu(own[right], own[~right], method="asymptotic").statistic
+                aurocs.append(u / (right.sum() * (~right).sum()))
+        if aurocs:
+            figures[f"reward/{name}_auroc"] = np.mean(aurocs)
+    return {name: float(value) for name, value in figures.items()}
+
+
+def arithmetic(node: ast.AST) -> Fraction:
+    """Value of a parsed expression of numbers and + - * / ( ); ValueError if it holds anything else."""
+    match node:
+        case ast.Constant():
+            return Fraction(str(node.value))
+        case ast.UnaryOp(op=ast.USub()):
+            return -arithmetic(node.operand)
+        case ast.BinOp(op=ast.Add()):
+            return arithmetic(node.left) + arithmetic(node.right)
+        case ast.BinOp(op=ast.Sub()):
+            return arithmetic(node.left) - arithmetic(node.right)
+        case ast.BinOp(op=ast.Mult()):
+            return arithmetic(node.left) * arithmetic(node.right)
+        case ast.BinOp(op=ast.Div()):
+            return arithmetic(node.left) / arithmetic(node.right)
+    raise ValueError("there is more in it than numbers and + - * /")
+
+
+def with_calculation(text: str) -> str | None:
+    """`text` up to its first "<<48/2=" that its value does not follow, and "24>>"; None: all are as they should be.
+
+    Python's parser reads the expression, and `arithmetic` computes it: nothing is ever evaluated as code.
+    """
+    for match in re.finditer(r"<<([0-9*+\-/.(), ]{1,100})=", text):
+        try:
+            value = arithmetic(ast.parse(match[1].replace(",", "").strip(), mode="eval").body)
+        except (SyntaxError, ValueError, ZeroDivisionError):
+            continue
+        number = str(value) if value.denominator == 1 else f"{float(value):.10g}"
+        if not text.startswith(f"{number}>>", match.end()):
+            return f"{text[: match.end()]}{number}>>"
+    return None
+
+
+def sample_with_calculator(llm, tokenizer, max_new_tokens: int, prompts: list[list[int]]) -> list[dict]:
+    """Greedy completions with the true value behind every "<<48/2=": cut at the first wrong one, mended, sampled on."""
+    begun = [[] for _ in prompts]
+    completions = [{} for _ in prompts]
+    unfinished = list(range(len(prompts)))
+    while unfinished:
+        asked = [prompts[i] + begun[i] for i in unfinished]
+        samples = sample(llm, asked, 1, 0.0, max_new_tokens, [0])
+        mended = []
+        for i, answer in zip(unfinished, samples, strict=True):
+            completions[i] = answer | {"tokens": (begun[i] + answer["tokens"])[:max_new_tokens]}
+            text = with_calculation(tokenizer.decode(completions[i]["tokens"], skip_special_tokens=True))
+            begun[i] = tokenizer(text or "", add_special_tokens=False)["input_ids"]
+            if 0 < len(begun[i]) < max_new_tokens:
+                mended.append(i)
+        unfinished = mended
+    return completions
+
+
+# ---- Arguments, several processes, run folder ------------------------------------------------------------------------
+def check_arguments(args, positive: str, signed: str = ""):
+    """End the program if a number is out of range, or if torch cannot use the GPU.
+
+    Every number must be finite and at least 0; those named in `positive` over 0, those in `signed` may be negative.
+    """
+    for name, value in asdict(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, (int, float)) and not math.isfinite(value):
+            sys.exit(f"error: {flag} is {value}; it must be a finite number.")
+        if name in positive.split() and value <= 0:
+            sys.exit(f"error: {flag} is {value}; it must be over 0.")
+        if isinstance(value, (int, float)) and value < 0 and name not in signed.split():
+            sys.exit(f"error: {flag} is {value}; it must be at least 0.")
+    if torch.version.cuda and DEVICE.type == "cpu":
+        sys.exit(
+            f"error: torch {torch.__version__} finds no GPU that it can use; nvidia-smi must show a driver for CUDA "
+            f"{torch.version.cuda} or later. For a machine without a GPU take tests/requirements-cpu.txt."
+        )
+
+
 def gather(value) -> list:
     """[the value of rank 0, of rank 1, ...] on every rank, [value] in one process; also a barrier: all must call it."""
     values = [value] * WORLD_SIZE
     if WORLD_SIZE > 1:
-        torch.distributed.all_gather_object(values, value)
+        dist.all_gather_object(values, value)
     return values
 
-def unsharded(tensor):
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or all of it where FSDP has sharded it; all ranks must call it then."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
-def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Indices in batches of similar length, longest first, rows x longest row <= max_tokens (but at least one row).
 
-    With several ranks each has that limit, and returned are this rank's rows of every batch, of the last perhaps none:
-    so all ranks run equally many.
+def open_run(args, run_dir: Path) -> str:
+    """Make the run's folder and lock it. Returns "", or a sentence if this run cannot have it: then all ranks end.
+
+    The same --run-name goes on where it stopped, with the same arguments: only `free` ones may differ.
     """
-    batches = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or len(batches[-1]) >= WORLD_SIZE * max(1, max_tokens // lengths[batches[-1][0]]):
-            batches.append([])
-        batches[-1].append(i)
-    return [batch[RANK::WORLD_SIZE] for batch in batches]
+    free = "run_name output_dir track max_tokens_per_microbatch gpu_memory_utilization max_logp_diff save_every"
+    path = run_dir / "args.json"
+    try:
+        if run_dir.exists() and set(os.listdir(run_dir)) - {"lock"} and not path.exists():
+            return f"error: {run_dir} exists and holds no run; choose another --run-name."
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = os.open(run_dir / "lock", os.O_CREAT | os.O_RDWR)  # open, and so locked, until the process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return f"error: another process runs {run_dir}; wait for its end, or choose another --run-name."
+        except OSError:
+            pass  # a file system without locks
+        before = json.loads(path.read_text()) if path.exists() else asdict(args)
+        for name, value in asdict(args).items():
+            if name not in free.split() and before.get(name) != value:
+                flag = f"--{name.replace('_', '-')}"
+                return f"error: {flag} of {run_dir} was {before.get(name)!r}, not {value!r}; choose another --run-name."
+        path.with_suffix(".tmp").write_text(json.dumps(asdict(args), indent=2))
+        path.with_suffix(".tmp").rename(path)
+    except (OSError, ValueError) as error:
+        return f"error: {run_dir} cannot be used ({error}); choose another --output-dir or --run-name."
+    return ""
 
-def pad_batch(prompts, completions, pad_id: int, device=None):
-    """Right-padded prompt + completion: ids [B, T], prompt lengths [B], completion lengths [B], on `device`.
 
-    Example: prompts [[5, 6], [7]], completions [[8], [9, 1]] -> ids [[5, 6, 8], [7, 9, 1]], [2, 1], [1, 2].
-    No rows become a pad without completion, which adds 0 to every sum and gradient.
-    """
-    prompts, completions = (prompts, completions) if prompts else ([[pad_id]], [[]])
-    rows = [torch.tensor(list(p) + list(c)) for p, c in zip(prompts, completions, strict=True)]
-    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)
-    lens = torch.tensor([list(map(len, prompts)), list(map(len, completions))])
-    return ids.to(device), *lens.to(device)
-# ---- Checkpoint ------------------------------------------------------------------------------------------------------
-def save_checkpoint(folder: Path, policy, optimizer, state: dict, keep_last: int):
-    """Write weights, optimizer, random generators and `state` to folder/step_<step>, flushed, whole or not at all."""
-    from safetensors.torch import save_file
-    final, temporary = folder / f"step_{state['step']:06d}", folder / "unfinished"
-    gather(RANK == 0 and shutil.rmtree(temporary, ignore_errors=True))  # before any rank writes
-    temporary.mkdir(parents=True, exist_ok=True)
-    before = copy.copy(optimizer.state)
-    weights, moments = get_state_dict(policy, optimizer, options=StateDictOptions(ignore_frozen_params=True))
-    optimizer.state = before  # an empty one was filled, as if it had made a step
-    name, keys, *rest = np.random.get_state()
-    generators = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
-                  "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
-    training = {"generators": generators, "state": state}
-    if WORLD_SIZE > 1:  # each rank its shards; any number of ranks can go on from them
-        dcp.save({"policy": weights, "optimizer": moments}, checkpoint_id=temporary / "shards")
-    else:
-        names = [name for name, _ in policy.named_parameters() if name in weights]  # a tied head is there once
-        save_file({name: weights[name].cpu().contiguous() for name in names}, temporary / "policy.safetensors")
-        training["optimizer"] = moments
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
+def training_state(policy, optimizer) -> dict:
+    """{"policy", "optimizer"}: what is trained and its moments, by name, for torch.distributed.checkpoint."""
+    options = StateDictOptions(ignore_frozen_params=True)
+    weights, moments = get_state_dict(policy, optimizer, options=options)
+    trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]  # a tied head once
+    return {"policy": {name: weights[name] for name in trained}, "optimizer": moments}
+
+
+def save_checkpoint(folder: Path, policy, optimizer, state: dict):
+    """Write weights, moments and `state` to folder/step_<step>, whole or not at all; each rank writes its shards."""
+    temporary = folder / "unfinished"
     if RANK == 0:
-        torch.save(training, temporary / "training.pt")
-        for path in temporary.rglob("*.*"):
-            with open(path, "rb") as file:
+        shutil.rmtree(temporary, ignore_errors=True)
+    gather(None)  # before any rank writes
+    with plain_error(f"the checkpoint of step {state['step']} cannot be written to {folder}; make room"):
+        dcp.save(training_state(policy, optimizer), checkpoint_id=temporary)
+        if RANK == 0:
+            with open(temporary / "state.json", "w") as file:
+                json.dump(state, file)
+                file.flush()
                 os.fsync(file.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        for old in sorted(folder.glob("step_*"))[:-keep_last]:
-            shutil.rmtree(old)
+            temporary.rename(folder / f"step_{state['step']:06d}")
+            for old in checkpoints(folder)[:-KEEP_CHECKPOINTS]:
+                shutil.rmtree(old)
     gather(None)  # no rank goes on, or ends, before
 
-def load_checkpoint(folder: Path, policy, optimizer) -> dict | None:
-    """Restore the newest undamaged checkpoint under `folder` in place; return its `state`, None if there is none."""
-    from safetensors.torch import load_file
-    for path in gather(sorted(folder.glob("step_*"), reverse=True))[0]:
-        sharded = (path / "shards").exists()
-        options = StateDictOptions(full_state_dict=not sharded, ignore_frozen_params=True, strict=False)
-        try:
-            training = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
-            if sharded:
-                weights, moments = copy.deepcopy(get_state_dict(policy, optimizer, options=options))
-                dcp.load({"policy": weights, "optimizer": moments}, checkpoint_id=path / "shards")
-            else:
-                weights, moments = load_file(path / "policy.safetensors"), training["optimizer"]
-        except (Exception, dcp.CheckpointException) as error:  # whatever is wrong with the files: the same answer
-            if RANK == 0:
-                print(f"warning: checkpoint {path} is damaged and passed over: {type(error).__name__}", file=sys.stderr)
-                path.rename(path.with_name(f"damaged_{path.name}_{int(time.time())}"))  # or it pushes sound ones out
-            continue
-        set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
-        generators = training["generators"]
-        for restore, key in (random.setstate, "python"), (np.random.set_state, "numpy"), (torch.set_rng_state, "torch"):
-            restore(generators[key])
-        if generators["cuda"] is not None:
-            torch.cuda.set_rng_state(generators["cuda"])
-        return training["state"]
-    return optimizer.state.clear()  # returns None; get_state_dict may have filled it
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints under `folder`, oldest first."""
+    return sorted(folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def load_checkpoint(path: Path, policy, optimizer) -> dict:
+    """Restore a checkpoint and return its `state`; one that cannot be read ends the program."""
+    with plain_error(f"{path} cannot be read; delete it, and the run goes on from the checkpoint before"):
+        state = json.loads((path / "state.json").read_text())
+        loaded = training_state(policy, optimizer)
+        dcp.load(loaded, checkpoint_id=path)
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)
+    weights, moments = loaded["policy"], loaded["optimizer"]
+    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
+    return state
+
 
 def save_final(folder: Path, policy, tokenizer, dtype):
     """A plain Hugging Face model folder (LoRA merged, its adapter under adapter/), complete as soon as it exists."""
     from huggingface_hub import save_torch_state_dict
-    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    left_out = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    adapter = {n: unsharded(w).detach().to("cpu", copy=True) for n, w in policy.state_dict().items() if ".lora_" in n}
-    weights = {n: w.detach().to("cpu", dtype, copy=True).contiguous() for n, w in merged_weights(policy)
-               if RANK == 0 and n not in left_out}  # all ranks gather, rank 0 keeps and writes
+
+    tied = {"lm_head.weight"} if policy.base.config.tie_word_embeddings else set()
+    weights, adapter = {}, {}
+    for name, weight in policy.merged_weights():  # all ranks gather, rank 0 keeps
+        if RANK == 0 and name not in tied:
+            weights[name] = weight.detach().to("cpu", dtype, copy=True).contiguous()
+    for name, weight in policy.model.state_dict().items():
+        if ".lora_" in name:
+            adapter[name] = whole(weight).detach().to("cpu", copy=True)
     if RANK > 0:
         return
     temporary = folder.with_suffix(".unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_torch_state_dict(weights, temporary)
-    model.config.dtype = dtype
-    model.config.save_pretrained(temporary)
+    policy.base.config.dtype = dtype
+    policy.base.config.save_pretrained(temporary)
+    # as it is: policy.base.save_pretrained would validate it, and refuses that of some models
+    (temporary / "generation_config.json").write_text(policy.base.generation_config.to_json_string())
     tokenizer.save_pretrained(temporary)
-    (temporary / "generation_config.json").write_text(model.generation_config.to_json_string())  # as is, not validated
-    if policy is not model:
-        policy.save_pretrained(temporary / "adapter", state_dict=adapter)
+    if adapter:
+        policy.model.save_pretrained(temporary / "adapter", state_dict=adapter)
     temporary.rename(folder)
+
+
 # ---- The algorithm ---------------------------------------------------------------------------------------------------
 if __name__ == "__main__":
-    import tyro
-    from tqdm import tqdm
     args = tyro.cli(Args, description=__doc__)
-    if RANK > 0:  # rank 0 prints and writes
-        sys.stdout, args.track = open(os.devnull, "w"), False
-    check_arguments(replace(args, terminal_value=0.0, value_shift=0.0), positive=(  # these two may be negative
-        "max_prompt_tokens max_new_tokens batch_size max_tokens_per_microbatch head_chunk keep_last").split())
-    if args.eval_samples < 2 or args.gamma > 1 or args.online_alpha >= 1:
-        fail("--eval-samples must be at least 2, --gamma at most 1 and --online-alpha below 1.")
-    if args.template and ("{question}" not in args.template or args.system_prompt):
-        fail('--template needs {question} in it; --system-prompt is for the chat template, used with --template "".')
 
-    # data: split as by train_test_split(test_size=0.1, seed=42) of datasets; prompt and response are tokenised apart
-    system_prompt = None if args.template else args.system_prompt
-    tokenizer, context = load_tokenizer(args.model_name, system_prompt, args.trust_remote_code)
+    positive = "max_new_tokens batch_size eps max_grad_norm max_tokens_per_microbatch eval_every save_every"
+    check_arguments(args, positive, signed="value_shift terminal_value")
+    if args.gamma > 1 or args.online_alpha >= 1 or args.eval_samples < 2:
+        sys.exit("error: --gamma must be at most 1, --online-alpha below 1, and --eval-samples at least 2.")
+    if args.online_alpha and not args.lambda_td:
+        sys.exit("error: --online-alpha needs a --lambda-td over 0: else the loss has no lower bound.")
+    if args.template and "{question}" not in args.template:
+        sys.exit(f"error: --template {args.template!r} has no {{question}} in it: all prompts would be the same.")
+    if args.template and args.system_prompt:
+        sys.exit('error: --system-prompt is for the chat template; add --template "".')
+
+    # data: a tenth is held out, the rows that train_test_split(test_size=0.1, seed=42) of datasets chooses
+    problems = load_split(args.dataset, "train")
+    order = np.random.default_rng(42).permutation(len(problems))
+    tenth = math.ceil(0.1 * len(problems))
+    held_out = [problems[i] for i in order[:tenth]]
+    problems = [problems[i] for i in order[tenth:]][: args.max_train_rows or None]
+    eval_problems = load_split(args.eval_dataset, "test") if args.eval_dataset else held_out
+    eval_problems = eval_problems[: args.eval_size or None]
+    steps_per_epoch = len(problems) // args.batch_size
+    num_steps = args.num_train_epochs * steps_per_epoch
+    if args.num_train_epochs and not num_steps:
+        sys.exit(f"error: {args.dataset} leaves {len(problems)} demonstrations, too few for a step; add rows.")
+    if args.template:
+        tokenizer, context = load_plain_tokenizer(args.model_name)
+    else:
+        tokenizer, context = load_tokenizer(args.model_name, args.system_prompt)
+    check_model(args.model_name)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
-    @functools.cache
-    def encode(question, z=None):
-        text = args.template.replace("{question}", question)
-        return tokenizer(text)["input_ids"] if text else encode_prompt(tokenizer, question, args.system_prompt)
+    @functools.lru_cache(maxsize=8192)
+    def encode(question, z=None):  # token ids of the prompt; z is for other scripts
+        if args.template:
+            return tokenizer(args.template.replace("{question}", question))["input_ids"]
+        return encode_prompt(tokenizer, question, args.system_prompt)
 
-    def demonstration(problem):
-        answer = " " * bool(args.template) + problem["answer"]
+    def demonstration(problem):  # prompt and answer are tokenised apart, so that their border is exact
+        answer = " " + problem["answer"] if args.template else problem["answer"]
         tokens = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        return {"prompt": encode(problem["question"]), "tokens": tokens[: args.max_new_tokens],
-                "terminal": len(tokens) <= args.max_new_tokens, "online": False}
-    problems = load_problems(args.dataset, args.dataset_config, "train")
-    held_out = math.ceil(0.1 * len(problems))
-    order = np.random.default_rng(42).permutation(len(problems))[: held_out + (args.max_train_rows or len(problems))]
-    fits = [len(encode(problem["question"])) <= args.max_prompt_tokens for problem in problems]
-    problems, val_problems = ([problems[i] for i in x if fits[i]] for x in (order[held_out:], order[:held_out]))
-    eval_problems = load_problems(args.eval_dataset, args.dataset_config, "test") if args.eval_dataset else val_problems
-    eval_problems = eval_problems[: args.eval_size or None]
-    train, val = (list(map(demonstration, part)) for part in (problems, val_problems))
-    print(f"{len(train)} demonstrations, {sum(not row['terminal'] for row in train)} cut at --max-new-tokens; "
-          f"{len(val)} held out; {len(order) - len(train) - len(val)} over --max-prompt-tokens left out")
-    if not train or not val:
-        fail(f"{args.dataset} leaves {len(train)} demonstrations and {len(val)} held out; raise --max-prompt-tokens.")
-    max_model_len = check_lengths(problems + val_problems + eval_problems, encode, args.max_new_tokens, context)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        terminal = len(tokens) <= args.max_new_tokens
+        return {"prompt": encode(problem["question"]), "tokens": tokens[: args.max_new_tokens], "terminal": terminal}
+
+    longest = longest_prompt(problems + held_out + eval_problems, encode, args.max_new_tokens, context)
+    demonstrations = [demonstration(problem) for problem in problems]
+    validation = [{"kind": "held_out", "id": i} | demonstration(problem) for i, problem in enumerate(held_out)]
+
+    # processes and run folder; rank 0 prints and writes
     if WORLD_SIZE > 1:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if device.type == "cuda" else -1)  # -1: does nothing
-        torch.distributed.init_process_group()  # gloo on the CPU, NCCL on GPUs; vLLM destroys all groups at exit
-    run_dir = Path(gather(open_run(args, __file__))[0])  # an earlier start of the same --run-name is resumed below
+        if DEVICE.type == "cuda":
+            torch.cuda.set_device(DEVICE)
+        dist.init_process_group()  # gloo on CPUs, NCCL on GPUs
+    if RANK > 0:
+        sys.stdout, args.track = open(os.devnull, "w"), False
+    model_label = Path(args.model_name).name
+    run_name = args.run_name or f"{Path(__file__).stem}__{model_label}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.output_dir) / gather(run_name)[0]
     metrics_path = run_dir / "metrics.jsonl"
-
-    # engine first (it measures free memory and reseeds everything), then seeds, then the policy
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    sleep = args.vllm_sleep and device.type == "cuda"
-    llm = make_engine(args, device, max_model_len)
-    if sleep:
-        llm.sleep(level=2)  # drops the weights; sync_weights sends them again
-    for set_seed in (random.seed, np.random.seed, torch.manual_seed):
-        set_seed(args.seed)
-    from vllm.config import set_current_vllm_config
-    with set_current_vllm_config(llm.llm_engine.vllm_config):  # classes that vLLM has taken over (GPT-NeoX) ask for it
-        policy, reference = load_policy(args, device, dtype if args.lora_r else torch.float32, args.lora_r), None
-        if args.lambda_kl:  # with LoRA the policy without its adapters
-            reference = policy if args.lora_r else load_policy(args, device, dtype, 0).requires_grad_(False)
-    for module in [*policy.modules(), *(reference.modules() if reference else ())]:
-        module.do_not_compile = True  # nor are they for vLLM to compile
-    if WORLD_SIZE > 1 and args.lambda_kl and not args.lora_r:
-        reference.set_reshard_after_forward(False, recurse=False)  # the backward pass asks for its head again
-    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    sizes = {"pad_id": pad_id, "max_tokens": args.max_tokens_per_microbatch, "head_chunk": args.head_chunk}
-    optimizer = torch.optim.AdamW(trainable, args.lr, (0.9, 0.95), args.eps, args.weight_decay, fused=True)
-
-    # resume: what was logged after the checkpoint is cut off and done again
-    gather(RANK == 0 and start_run(run_dir, args))
-    state = load_checkpoint(run_dir / "checkpoints", policy, optimizer)
-    state = state or {"step": 0, "logged": 0, "shift": args.value_shift}
-    with open(metrics_path, "ab") as file:
-        file.truncate(state["logged"])
-    signals = []
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: signals.append(number))
+    if (run_dir / "final").exists():
+        print(f"{run_dir} is complete, its model is in {run_dir}/final; another --run-name starts a new run.")
+        sys.exit(0)
+    refusal = gather(open_run(args, run_dir) if RANK == 0 else "")[0]
+    if refusal:
+        sys.exit(refusal)
+    cut = sum(not row["terminal"] for row in demonstrations)
+    print(f"{len(problems)} demonstrations, {cut} cut at --max-new-tokens; {len(held_out)} held out; {num_steps} steps")
     if args.track:
         import wandb
-        wandb.init(name=run_dir.name, id=f"{run_dir.parent.name}__{run_dir.name}", resume="allow", config=asdict(args))
-        wandb.define_metric("*", step_metric="step")
+
+        with plain_error("--track does not work; run `wandb login`, or set WANDB_MODE=offline"):
+            wandb.init(name=run_dir.name, id=run_dir.name, resume="allow", config=asdict(args))
+            wandb.define_metric("*", step_metric="step")
+
+    # The engine comes first, because it measures the free memory and seeds all random generators. Then it sleeps.
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    llm = make_engine(args, longest + args.max_new_tokens)
+    if DEVICE.type == "cuda":
+        llm.sleep(level=2)  # drops the weights, which sync_weights sends again
+    from vllm.config import set_current_vllm_config
+
+    torch.manual_seed(args.seed)
+    with set_current_vllm_config(llm.llm_engine.vllm_config):  # the classes that vLLM has changed ask for it
+        policy = ValuePolicy(args.model_name, dtype if args.lora_r else torch.float32, args.lora_r, args.lora_alpha)
+        reference = policy  # LoRA: the same model with its adapters off
+        if not args.lora_r and args.lambda_kl:
+            reference = ValuePolicy(args.model_name, dtype, lora_r=0, lora_alpha=0)
+    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    betas = (0.9, 0.95)
+    optimizer = torch.optim.AdamW(trainable, args.lr, betas, args.eps, args.weight_decay, fused=True)
+    pad = {"prompt": [pad_id], "tokens": [pad_id], "terminal": True}
+    score_answers(policy, [pad], args, pad_id, 0.0)  # FSDP settles gradient dtypes in its first pass: adapters on
+
+    size = 12 * sum(parameter.numel() for parameter in trainable)  # of a checkpoint: weights and moments
+    saved = gather(checkpoints(run_dir / "checkpoints"))[0]
+    if shutil.disk_usage(run_dir).free < size * (KEEP_CHECKPOINTS + 1 - len(saved)):
+        sys.exit(f"error: a checkpoint takes {size / 1e9:.1f} GB, too much for {run_dir}; choose another --output-dir.")
+
+    # resume: what was logged after the checkpoint is cut off and done again
+    state = {"step": 0, "evaluation_due": True, "logp_limit": None, "shift": None, "metrics_bytes": 0}
+    if saved:
+        state = load_checkpoint(saved[-1], policy, optimizer)
+    found = metrics_path.stat().st_size if metrics_path.exists() else 0
+    if gather(found)[0] < state["metrics_bytes"]:
+        sys.exit(f"error: {metrics_path} is shorter than at its checkpoint; restore it, or choose another --run-name.")
+    if RANK == 0:
+        with open(metrics_path, "ab") as file:
+            file.truncate(state["metrics_bytes"])
+    signals = []
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, lambda signum, frame: signals.append(signum))
+
+    def write(path, records, mode="a"):
+        if RANK > 0:
+            return
+        with plain_error(f"{path} cannot be written; make room, --run-name {run_dir.name} then goes on"):
+            with open(path, mode) as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
 
     def log(record):
-        with open(metrics_path if RANK == 0 else os.devnull, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        write(metrics_path, [record])
         if args.track:
             wandb.log(record)
 
-    def own_samples(prompts, step):
-        """A sample of the policy for each prompt, as rows, then vLLM put to sleep, and its gap to the trainer on 16."""
-        draw = int(np.random.default_rng([args.seed, step, 9]).integers(2**32))
-        for set_seed in (np.random.seed, torch.manual_seed):  # vLLM draws from torch's, on a GPU from numpy's
-            set_seed(draw)
-        samples = rollout(llm, prompts, 1, 1.0, args.max_new_tokens)
-        if sleep:
-            llm.sleep(level=2)
-        rows = [{"prompt": prompt, "tokens": sample["tokens"], "terminal": sample["finish_reason"] == "stop",
-                 "online": True} for prompt, sample in zip(prompts, samples, strict=True)]
-        scored = zip(score_values(policy, rows[:16], **sizes), samples, strict=False)
-        gaps = np.concatenate([abs(q - v[:-1] - sample["logps"]) for (v, q, *_), sample in scored])
-        if not gaps.mean() <= args.max_logp_diff:  # NaN fails too
-            fail(f"trainer and vLLM differ by {gaps.mean():.3f} nats a token after step {step}, over --max-logp-diff.")
-        return rows, {"rollout/logp_diff_mean": gaps.mean(), "rollout/logp_diff_max": gaps.max()}
+    def reference_states(inputs):  # [n, H]
+        with torch.no_grad(), policy.model.disable_adapter() if args.lora_r else nullcontext():
+            return reference(*inputs, states_only=True)
+
+    def own_answers(prompts, seed):  # one for each prompt, at temperature 1
+        samples = sample(llm, prompts, 1, 1.0, args.max_new_tokens, seed)
+        for prompt, answer in zip(prompts, samples, strict=True):
+            answer |= {"prompt": prompt, "terminal": answer["finish_reason"] == "stop"}
+        return samples
+
+    def self_check(step, rows):  # stale weights, another temperature or another prompt show here
+        scored = score_answers(policy, rows, args, pad_id, 0.0)
+        gaps = [np.subtract(row["log_pis"], row["logps"]) for row in scored]
+        logp_diff = float(np.abs(np.concatenate(gaps)).mean())
+        if state["logp_limit"] is None:  # the weights are the loaded ones still: in bf16 the difference is rounding
+            state["logp_limit"] = 1e-4 if dtype == torch.float32 else min(0.1, max(0.03, 3 * logp_diff))
+        limit = state["logp_limit"] if args.max_logp_diff is None else args.max_logp_diff
+        if not logp_diff <= limit:  # NaN fails too
+            sys.exit(
+                f"error: trainer and vLLM differ by {logp_diff:.2g} nats a token in step {step}, the limit is "
+                f"{limit:.2g} (--max-logp-diff): stale weights, another temperature or another prompt?"
+            )
+        return logp_diff
 
     def run_evaluation(step):
-        from rouge_score.rouge_scorer import RougeScorer
-        started, scorer = time.perf_counter(), RougeScorer(["rouge1", "rouge2", "rougeLsum"], use_stemmer=True)
-        sync_weights(llm, policy, sleep)
-        ask = functools.partial(evaluate, llm, tokenizer, eval_problems, encode, max_new_tokens=args.max_new_tokens,
-                                answer_mode="strict", seed=args.seed)
-        figures, samples = ask(num_samples=args.eval_samples, temperature=args.eval_temperature)
-        figures |= {k.replace("pass@1", "greedy"): x for k, x in ask(temperature=0.0)[0].items() if "pass@1" in k}
-        prompts = [encode(problem["question"]) for problem in eval_problems]
-        if args.calculator:
-            texts = with_calculator(llm, tokenizer, prompts, args.max_new_tokens)
-            figures["calculator"] = np.mean([is_correct(extract_answer(text, "strict"), problem["gold"])
-                                             for text, problem in zip(texts, eval_problems, strict=True)])
-        _, checked = own_samples(prompts[:16], step)  # the self-check, which also puts vLLM to sleep
-
-        # the held-out demonstrations, and of every question the reference answer, that corrupted, and the samples
-        rows = [{"id": i, "kind": "held_out", **row} for i, row in enumerate(val)]
-        rng, shift = np.random.default_rng(args.seed), state["shift"]
-        for i, problem in enumerate(eval_problems):
-            mine = samples[i * args.eval_samples :][: args.eval_samples]
-            measured = diversity([sample["completion"] for sample in mine])
-            for kind, answer in ("reference", problem["answer"]), ("corrupted", corrupt(problem["answer"], rng)):
-                rows.append({"id": i, "kind": kind, **demonstration(problem | {"answer": answer})})
-            for sample in mine:
-                rouge = scorer.score(problem["answer"], sample["completion"])
-                rows.append({"id": i, "kind": "sample", "prompt": prompts[i], "tokens": sample["token_ids"],
-                             "terminal": sample["finish_reason"] == "stop", "correct": sample["correct"],
-                             **measured, **{key: x.fmeasure for key, x in rouge.items()}})
-        table = defaultdict(list)
-        for row, (v, q, entropy, *_) in zip(rows, score_values(policy, rows, **sizes), strict=True):
-            rewards, scores = reward_scores(v - shift, q - shift, row["terminal"], args.gamma, args.terminal_value)
-            table[row["kind"]].append(np.stack([v[:-1] - q, rewards**2, entropy]))
-            row |= {**scores, "rewards": rewards.tolist(), "log_pis": (q - v[:-1]).tolist(),
-                    "pieces": [tokenizer.decode([token]) for token in row["tokens"]]}
-        nll, td, entropy = np.concatenate(table["held_out"], axis=1).mean(1)
-        figures |= {"val_mle": nll, "val_perplexity": math.exp(min(nll, 700)), "val_td": td, "val_entropy": entropy,
-                    "sample_entropy": np.concatenate(table["sample"], axis=1)[2].mean()}
-        figures |= {key: np.mean([row[key] for row in rows if row["kind"] == "sample"]) for key in (*measured, *rouge)}
-        if RANK == 0:
-            with open(run_dir / "rewards.jsonl", "w") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-            plot_rewards([row for row in rows if row["kind"] == "sample"], run_dir / "rewards.png")
-        figures = {f"eval/{key}": float(x) for key, x in figures.items()} | checked
-        figures |= {f"reward/{key}": x for key, x in reward_figures(rows).items()} | {"irl/shift": shift}
-        log({"step": step, **figures, "time/eval": time.perf_counter() - started})
-        shown = ("pass@1", "greedy", "self_bleu", "sample_entropy", "val_mle", "val_td")
-        print(f"after step {step}:", *(f"{key} {figures[f'eval/{key}']:.4f}" for key in shown), flush=True)
-
-    if state["shift"] == "auto":  # the level of logits is arbitrary, but behind the end token r is Q itself
-        ended = [row for row in train if row["terminal"]][:256]
-        state["shift"] = float(np.mean([q[-1] for _, q, *_ in score_values(policy, ended, **sizes)] or 0.0))
-
-    # the permutations of all epochs, one behind the other, are cut into batches
-    orders = [np.random.default_rng([args.seed, k]).permutation(len(train)) for k in range(args.num_train_epochs)]
-    orders, total = sum(map(list, orders), []), math.ceil(args.num_train_epochs * len(train) / args.batch_size)
-    if state["step"] == 0 and total and not args.skip_first_eval:
-        run_evaluation(0)
-    bar = tqdm(range(state["step"], total), initial=state["step"], total=total, file=sys.stdout, disable=None)
-    for step in bar:
-        if step and args.eval_every and step % args.eval_every == 0:
-            run_evaluation(step)
         t0 = time.perf_counter()
-        rows, record = [train[i] for i in orders[step * args.batch_size :][: args.batch_size]], {"step": step + 1}
-        ramp = min(1.0, max(0, step + 1 - args.mle_steps_before_irl) / max(1, args.td_warmup_steps))
-        lambda_td, alpha = args.lambda_td * ramp, args.online_alpha * (args.lambda_td * ramp > 0)
-        if alpha:  # the model's own answers; without r^2 nothing would bound their term
-            sync_weights(llm, policy, sleep)
-            own, checked = own_samples([row["prompt"] for row in rows], step)
-            rows, record = rows + own, record | checked
+
+        def generate(prompts, temperature=args.eval_temperature):
+            return sample(llm, prompts, 1, temperature, args.max_new_tokens, [args.seed, step, 1])
+
+        figures, rows = evaluate(generate, tokenizer, eval_problems, encode, args.eval_samples, "strict")
+        write(run_dir / "completions.jsonl", rows, mode="w")  # of the newest evaluation, for eval_gsm8k.py --compare
+        most_likely = functools.partial(generate, temperature=0.0)
+        greedy, _ = evaluate(most_likely, tokenizer, eval_problems, encode, answer_mode="strict")
+        figures["greedy"] = greedy["pass@1"]
+        if args.calculator:
+            calculate = functools.partial(sample_with_calculator, llm, tokenizer, args.max_new_tokens)
+            mended, _ = evaluate(calculate, tokenizer, eval_problems, encode, answer_mode="strict")
+            figures["calculator"] = mended["pass@1"]
+        figures["self_bleu"] = self_bleu([row["completion"] for row in rows], args.eval_samples)
+        record = {"step": step, "irl/shift": state["shift"]} | {f"eval/{name}": x for name, x in figures.items()}
+        prompts = [encode(problem["question"]) for problem in eval_problems[:16]]
+        record["rollout/logp_diff"] = self_check(step, own_answers(prompts, [args.seed, step, 2]))
+
+        for row in rows:
+            row |= {"kind": "sample", "prompt": encode(row["question"]), "terminal": not row["truncated"]}
+        scored = score_answers(policy, validation + rows, args, pad_id, state["shift"])
+        write(run_dir / "rewards.jsonl", scored, mode="w")
+        record |= answer_figures(scored[: len(validation)], scored[len(validation) :], args.eval_samples)
+        log(record | {"time/eval": time.perf_counter() - t0})
+
+    # The level of the logits is arbitrary, but the reward of an end token is its Q itself. That may be 5 or 30, and its
+    # square would drown all others. So the start's mean Q of end tokens is taken off all Q and V.
+    if state["shift"] is None:
+        state["shift"] = args.value_shift
+        if args.value_shift == "auto":
+            ended = [row for row in demonstrations if row["terminal"]][:256]
+            scored = score_answers(policy, ended, replace(args, terminal_value=0.0), pad_id, 0.0)
+            state["shift"] = float(np.mean([row["rewards"][-1] for row in scored])) if ended else 0.0
+
+    sync_weights(llm, policy)
+    if state["evaluation_due"]:
+        run_evaluation(state["step"])
+    mle_args = replace(args, lambda_td=0.0, online_alpha=0.0)  # of the first mle_steps_before_irl steps
+    steps = range(state["step"] + 1, num_steps + 1)
+    bar = tqdm(steps, initial=state["step"], total=num_steps, file=sys.stdout, disable=None)  # None: on a terminal
+    for step in bar:
+        t0 = time.perf_counter()
+
+        # the learning rate: linear warm-up, then cosine decay to 0
+        lr = args.lr * min(1.0, step / max(1, args.warmup_steps))
+        if args.lr_schedule == "cosine":
+            progress = max(0, step - 1 - args.warmup_steps) / max(1, num_steps - args.warmup_steps)
+            lr = lr * (0.5 + 0.5 * math.cos(math.pi * progress))
+        optimizer.param_groups[0]["lr"] = lr
+
+        # rollout: the demonstrations, and with online_alpha the model's own answers to their questions
+        epoch, position = divmod(step - 1, steps_per_epoch)
+        order = np.random.default_rng([args.seed, epoch]).permutation(len(demonstrations))
+        chosen = order[position * args.batch_size :][: args.batch_size]
+        batch = [demonstrations[i] for i in chosen]
+        step_args = args if step > args.mle_steps_before_irl else mle_args
+        own, metrics = [], {}
+        if step_args.online_alpha:
+            own = own_answers([row["prompt"] for row in batch], [args.seed, step, 0])
+            metrics["rollout/logp_diff"] = self_check(step, own[:16])
+        if DEVICE.type == "cuda":
+            llm.sleep(level=2)  # does nothing if it sleeps already
+        rows = batch + own
+        demo_tokens = sum(len(row["tokens"]) for row in batch)
+        own_tokens = sum(len(row["tokens"]) for row in own)
         t1 = time.perf_counter()
 
-        # forward and backward; micro-batches are divided by the tokens of the whole batch, so the split does not matter
-        tokens = [sum(len(row["tokens"]) for row in rows if row["online"] == online) for online in (False, True)]
-        lengths, loss_sum, seen = [len(row["prompt"]) + len(row["tokens"]) for row in rows], 0.0, []
-        for part in micro_batches(lengths, args.max_tokens_per_microbatch):
-            part = [rows[i] for i in part]
-            inputs = pad_batch([row["prompt"] for row in part], [row["tokens"] for row in part], pad_id, device)
-            flags = [(row["terminal"], row["online"]) for row in part] or [(True, False)]
-            terminal, online = torch.tensor(flags, device=device).T
-            values, chosen, entropy, kl, mean_z = token_values(
-                policy, *inputs, terminal, args.head_chunk, reference, args.entropy_coef > 0)
-            loss, rewards = iq_loss(values, chosen, inputs[2], terminal, online, tokens, args.gamma, lambda_td, alpha,
-                                    state["shift"], args.terminal_value, args.td_detach_next)
-            loss = loss + ((args.lambda_kl * kl - args.entropy_coef * entropy) * ~online[:, None]).sum() / tokens[0]
+        # loss and update
+        sums = defaultdict(float)
+        totals = [len(row["prompt"]) + len(row["tokens"]) for row in rows]
+        for micro in micro_batches(totals, args.max_tokens_per_microbatch):
+            inputs = pad_rows([rows[i] for i in micro], pad_id)
+            online = torch.tensor([i >= len(batch) for i in micro] or [False], device=DEVICE)
+            start = (None, None)
+            if args.lambda_kl:
+                start = (reference.base.get_output_embeddings(), reference_states(inputs))
+            columns = policy(*inputs, *start, train_entropy=args.entropy_coef > 0)  # V, Q, entropy, KL
+            tokens = (demo_tokens, own_tokens)
+            loss, micro_sums = imitation_loss(*columns, *inputs[2:], online, tokens, step_args, state["shift"])
             loss.backward()
-            loss_sum += loss.detach()
-            place, last = torch.arange(chosen.shape[1], device=device).expand_as(chosen), inputs[2][:, None] - 1
-            marks = place == 0, (place == last) & terminal[:, None], online[:, None].expand_as(chosen)
-            columns = values[:, :-1], chosen, entropy, kl, mean_z, rewards, *marks
-            seen.append(torch.stack([x.detach().float() for x in columns])[:, place <= last])
-        optimizer.param_groups[0]["lr"] = lr = args.lr * lr_multiplier(step, args.warmup_steps, total, args.lr_schedule)
-        grad_norm = float(unsharded(torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm or math.inf)))
+            micro_sums["losses/loss"] = loss.detach()
+            for name, value in micro_sums.items():
+                sums[name] += value.item()
+        grad_norm = whole(nn.utils.clip_grad_norm_(trainable, args.max_grad_norm)).item()
         if not math.isfinite(grad_norm):
-            fail(f"the gradient of step {step + 1} is {grad_norm}; lower --lr in another --run-name.")
+            sys.exit(f"error: the gradient norm of step {step} is {grad_norm}; lower --lr.")
         optimizer.step()
         optimizer.zero_grad()
-        loss_sum, seen = sum(map(float, gather(float(loss_sum)))), gather(torch.cat(seen, 1).double().cpu().numpy())
-        seconds = time.perf_counter() - t1
+        shares = gather(dict(sums))
+        sums = {name: sum(share[name] for share in shares) for name in sums}
+        t2 = time.perf_counter()
 
-        # log and checkpoint
-        v, q, entropy, kl, z, r, first, ended, own = np.concatenate(seen, axis=1)
-        demo = own == 0
-        named = {"chosen_q": q, "value": v, "log_pi": q - v, "logits": z, "entropy": entropy, "reward": r}
-        for key, x in named.items():
-            record |= {f"irl/{key}_mean": float(x[demo].mean()), f"irl/{key}_std": x[demo].std()}
-        middle = demo * (1 - first) * (1 - ended)
-        for key, where in {"first": demo * first, "middle": middle, "terminal": demo * ended, "online": own}.items():
-            record |= {f"irl/td_{key}": (r[where > 0] ** 2).mean()} if where.any() else {}
-        td = (r[demo] ** 2).mean()
-        log(record | {
-            "losses/loss": loss_sum, "losses/mle": (v - q)[demo].mean(), "losses/td": td, "losses/kl": kl[demo].mean(),
-            "losses/grad_norm": grad_norm, "irl/lambda": lambda_td, "irl/shift": state["shift"],
-            "time/rollout": t1 - t0, "charts/learning_rate": lr, "charts/samples_per_second": len(rows) / seconds,
-            "charts/tokens_per_second": sum(tokens) / seconds, "time/forward_backward": seconds,
-            "memory/peak_gb": (torch.cuda.max_memory_allocated() or 1024 * getrusage(RUSAGE_SELF).ru_maxrss) / 1e9})
-        line = f"loss {loss_sum:.3f}  mle {-record['irl/log_pi_mean']:.3f}  td {td:.3f}"
-        print(f"step {step + 1}  {line}", flush=True) if bar.disable else bar.set_postfix_str(line)
+        # sync, if the engine samples next; else it sleeps on
+        last = step == num_steps
+        due = last or step % args.eval_every == 0
+        if due or args.online_alpha:
+            sync_weights(llm, policy)
+        t3 = time.perf_counter()
+
+        # log
+        metrics["losses/loss"] = sums.pop("losses/loss")
+        metrics["losses/grad_norm"] = grad_norm
+        metrics["irl/td_terminal"] = sums.pop("irl/td_terminal") / max(1, sum(row["terminal"] for row in batch))
+        metrics |= {name: value / demo_tokens for name, value in sums.items()}
+        metrics |= {
+            "irl/lambda": step_args.lambda_td,
+            "irl/shift": state["shift"],
+            "charts/learning_rate": lr,
+            "charts/tokens_per_second": (demo_tokens + own_tokens) / (t3 - t0),
+            "time/rollout": t1 - t0,
+            "time/update": t2 - t1,
+            "time/sync": t3 - t2,
+        }
+        log({"step": step, "global_step": step * len(batch)} | metrics)
+        names = ("losses/loss", "losses/mle", "losses/td", "irl/entropy")
+        line = "  ".join(f"{name.split('/')[1]} {metrics[name]:.3f}" for name in names)
+        if bar.disable:
+            print(f"step {step}/{num_steps}  {line}  seconds {t3 - t0:.2f}", flush=True)
+        else:
+            bar.set_postfix_str(line)
+
+        # evaluation and checkpoint
         stop = max(gather(max(signals, default=0)))
-        if step + 1 == total or (args.save_every and (step + 1) % args.save_every == 0) or stop:
-            state |= {"step": step + 1, "logged": metrics_path.stat().st_size}
-            save_checkpoint(run_dir / "checkpoints", policy, optimizer, state, args.keep_last)
+        if due and not stop:
+            run_evaluation(step)
+        if last or stop or step % args.save_every == 0:
+            state |= {"step": step, "evaluation_due": bool(due and stop)}
+            if RANK == 0:
+                state["metrics_bytes"] = metrics_path.stat().st_size
+            save_checkpoint(run_dir / "checkpoints", policy, optimizer, state)
         if stop:
-            print(f"signal {stop}: saved after step {step + 1}; --run-name {run_dir.name} goes on from there.")
+            print(f"signal {stop}: stopped after step {step}; --run-name {run_dir.name} goes on from there.")
             sys.exit(128 + stop)
 
-    run_evaluation(total)
-    if total:
+    # the end: the model, and what the run has changed
+    if num_steps:
         save_final(run_dir / "final", policy, tokenizer, dtype)
-    print(f"written: {run_dir}/ with metrics.jsonl, rewards.jsonl, rewards.png and, if trained, the model in final/")
-    if RANK > 0:
-        sys.exit()
-    records = [r for r in map(json.loads, metrics_path.read_text().splitlines()) if "time/eval" in r]
-    for key in [key for key in records[-1] if key.startswith(("eval/", "reward/"))]:
-        print(f"{key:<32}", *(f"{r.get(key, math.nan):>10.4f}" for r in (records[0], records[-1])[-len(records) :]))
+    gather(None)  # no rank ends before: the others' end would stop rank 0 while it writes
+    if RANK == 0:
+        records = [json.loads(line) for line in metrics_path.read_text().splitlines()]
+        evaluations = [record for record in records if "eval/pass@1" in record]
+        print(f"\n{'':<24}{'before':>10}{'after':>10}")
+        for key in evaluations[0]:
+            if key.startswith("eval/"):
+                print(f"{key:<24}{evaluations[0][key]:>10.3f}{evaluations[-1][key]:>10.3f}")
+        print(f"model: {run_dir / 'final'}   metrics: {metrics_path}   rewards: {run_dir / 'rewards.jsonl'}")

@@ -9,7 +9,7 @@ machine hits all of them. Printed: median seconds and the median over rounds of 
 
     mle        irl_imitation.py with --lambda-td 0
     irl        the same with --lambda-td 0.1
-    star sft   the log-probabilities of star_dpo.py's sft: no V, entropy for the log only
+    policy     the log-probabilities of grpo_upskill.py's Policy: no V, no entropy
     plain      transformers' own loss on labels, which keeps all logits
 """
 
@@ -17,6 +17,7 @@ import argparse
 import os
 import pathlib
 import sys
+import tempfile
 import time
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -28,8 +29,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from irl_imitation import iq_loss, pad_batch, token_values
-from star_dpo import token_logprobs
+from grpo_upskill import Policy
+from irl_imitation import Args, ValuePolicy, imitation_loss, pad_batch
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--hidden", type=int, default=0, help="0: the toy model, else Qwen2 with vocabulary 151,936")
@@ -51,18 +52,21 @@ if args.hidden:
         num_key_value_heads=2,
         tie_word_embeddings=True,
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    folder = tempfile.mkdtemp()
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
 else:
-    model = AutoModelForCausalLM.from_pretrained(ROOT / "tests" / "toy" / "model", dtype=torch.float32)
+    folder = str(ROOT / "tests" / "toy" / "model")
     args.prompt, args.completion = min(args.prompt, 45), min(args.completion, 35)
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-model.to(device).train()
+policy = ValuePolicy(folder, torch.float32, lora_r=0, lora_alpha=0)
+plain_policy = Policy(folder, torch.float32, lora_r=0, lora_alpha=0)
+plain_policy.model = model = policy.model  # the same weights
 optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
 rng = np.random.default_rng(0)
 lengths = rng.integers(args.completion // 2, args.completion + 1, args.batch)
 prompts = [rng.integers(5, 500, args.prompt).tolist() for _ in lengths]
 completions = [rng.integers(5, 500, n).tolist() for n in lengths]
-inputs = pad_batch(prompts, completions, 0, device)
+inputs = pad_batch(prompts, completions, 0)
 terminal, online = torch.ones(args.batch, device=device).bool(), torch.zeros(args.batch, device=device).bool()
 tokens = int(lengths.sum())
 labels = torch.full_like(inputs[0], -100)
@@ -71,8 +75,8 @@ for row, prompt, completion in zip(labels, prompts, completions, strict=True):
 
 
 def script_loss(weight):
-    values, chosen, *_ = token_values(model, *inputs, terminal, 1024)
-    return iq_loss(values, chosen, inputs[2], terminal, online, [tokens, 0], 1.0, weight)[0]
+    columns = policy(*inputs, terminal)
+    return imitation_loss(*columns, inputs[2], terminal, online, [tokens, 0], Args(lambda_td=weight), 0.0)[0]
 
 
 def plain_loss():
@@ -83,11 +87,11 @@ def plain_loss():
 ways = {
     "mle": lambda: script_loss(0.0),
     "irl": lambda: script_loss(0.1),
-    "star sft": lambda: -token_logprobs(model, *inputs, 1.0, 1024)[0].double().sum() / tokens,
+    "policy": lambda: -plain_policy(*inputs, 1.0).double().sum() / tokens,
     "plain": plain_loss,
 }
 losses = {name: way().item() for name, way in ways.items()}
-assert max(abs(losses[name] - losses["mle"]) for name in ("star sft", "plain")) < 1e-3, losses
+assert max(abs(losses[name] - losses["mle"]) for name in ("policy", "plain")) < 1e-3, losses
 seconds = {name: [] for name in ways}
 for k in range(args.rounds + 2):
     for name, way in ways.items():

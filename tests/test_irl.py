@@ -1,11 +1,13 @@
-"""irl_imitation.py: V, Q and loss against hand-computable cases, bounds, rewards, diversity, calculator, errors."""
+"""irl_imitation.py: V, Q and loss against hand-computable cases, bounds, rewards, Self-BLEU, calculator, errors."""
 
+import inspect
 import json
 import math
 import os
 import pathlib
 import random
 from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,35 +15,52 @@ import pytest
 import torch
 from conftest import IRL_RUN, ROOT, TOY, stop_message
 from torch.nn.functional import cross_entropy
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from first_edition import extract_answer, to_number, with_calculation
+import irl_imitation
+from benchmark.irl_rewards import plot_rewards
+from eval_gsm8k import extract_answer, to_number
+from grpo_upskill import Policy
 from irl_imitation import (
     Args,
-    corrupt,
-    diversity,
-    iq_loss,
-    load_policy,
-    lr_multiplier,
+    ValuePolicy,
+    answer_figures,
+    imitation_loss,
     micro_batches,
     pad_batch,
-    plot_rewards,
-    reward_figures,
-    reward_scores,
-    score_values,
-    token_values,
+    score_answers,
+    self_bleu,
+    token_rewards,
+    with_calculation,
 )
 
 CASES = json.loads((pathlib.Path(__file__).parent / "cases" / "irl_cases.json").read_text())
 GSM8K = pathlib.Path(os.environ.get("GSM8K_DIR", ROOT.parent / "shared" / "data" / "gsm8k")) / "train.jsonl"
 
 
-def stub(logits, ref=None):
-    """A "model" whose head gives `logits` [B, T, vocabulary] of the state at every position, and a reference."""
-    return SimpleNamespace(
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(irl_imitation, "HEAD_CHUNK", 2)
+
+
+def stub(logits):
+    """A policy whose head gives `logits` [B, T, vocabulary] of the state at every position."""
+    policy = ValuePolicy.__new__(ValuePolicy)
+    torch.nn.Module.__init__(policy)
+    policy.model = SimpleNamespace(
         base_model=lambda input_ids, use_cache: SimpleNamespace(last_hidden_state=logits),
         get_output_embeddings=lambda: torch.nn.Identity(),
     )
+    return policy
+
+
+def run_stub(logits, ids, prompt_lens, lengths, terminal, start_logits=None):
+    """Forward pass of the stub, with the KL to a start that has start_logits."""
+    inputs = ids, prompt_lens, lengths, terminal
+    start = ()
+    if start_logits is not None:
+        start = torch.nn.Identity(), stub(start_logits)(*inputs, states_only=True)
+    return stub(logits)(*inputs, *start)
 
 
 def batch(cases):
@@ -65,13 +84,16 @@ def batch(cases):
     return ids, logits.requires_grad_(), *torch.tensor(lens).T, torch.tensor(terminal)
 
 
-def loss_of(cases, gamma, lambda_td, online=None, alpha=0.0, head_chunk=2, **options):
+def loss_of(cases, gamma, lambda_td, online=None, alpha=0.0, shift=0.0, **options):
+    """(loss, rewards [B, C], the logits that it depends on)."""
     ids, logits, prompt_lens, lengths, terminal = batch(cases)
-    values, chosen, *_ = token_values(stub(logits), ids, prompt_lens, lengths, terminal, head_chunk)
+    columns = run_stub(logits, ids, prompt_lens, lengths, terminal)
     online = torch.zeros(len(cases)).bool() if online is None else torch.tensor(online)
     tokens = [int(lengths[online == who].sum()) for who in (False, True)]
-    loss, rewards = iq_loss(values, chosen, lengths, terminal, online, tokens, gamma, lambda_td, alpha, **options)
-    return loss, rewards, logits
+    args = Args(gamma=gamma, lambda_td=lambda_td, online_alpha=alpha, **options)
+    loss, _ = imitation_loss(*columns, lengths, terminal, online, tokens, args, shift)
+    values, chosen = (column.detach().double() - shift for column in columns[:2])
+    return loss, token_rewards(values, chosen, lengths, terminal, args), logits
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
@@ -90,7 +112,7 @@ def test_cases(case):
     dropped = case["name"] == "truncated_drop"
     assert ours[: len(ours) - dropped] == pytest.approx(kept[: len(ours) - dropped], abs=1e-6)
     for key, detach in ("grad_logits", False), ("grad_logits_semi", True):
-        total, _, logits = loss_of([case], gamma, weight, detach_next=detach)
+        total, _, logits = loss_of([case], gamma, weight, td_detach_next=detach)
         assert total.item() == pytest.approx(expected["total"], abs=1e-6)
         if key in expected:
             total.backward()
@@ -105,27 +127,30 @@ def test_cases(case):
 
 
 def test_monitor_values():
-    """V, Q, entropy, mean logit of every unmasked row."""
+    """V, Q, entropy of every unmasked row, and the sums of the log."""
     for case in CASES["cases"]:
         ids, logits, prompt_lens, lengths, terminal = batch([case])
-        v, q, entropy, _, mean_z = (
-            x[0].detach() for x in token_values(stub(logits), ids, prompt_lens, lengths, terminal, 9)
-        )
+        columns = [x.detach() for x in run_stub(logits, ids, prompt_lens, lengths, terminal)]
+        v, q, entropy, _ = (column[0] for column in columns)
         detail, n = case["detail"], int(lengths)
-        used = [k for k, x in enumerate(case["mask"]) if x]
-        assert v[:n].tolist() == pytest.approx([detail["V"][k] for k in used], abs=1e-6)
-        assert q.tolist() == pytest.approx([detail["Q"][k] for k in used], abs=1e-6)
+        unmasked = [k for k, x in enumerate(case["mask"]) if x]
+        assert v[:n].tolist() == pytest.approx([detail["V"][k] for k in unmasked], abs=1e-6)
+        assert q.tolist() == pytest.approx([detail["Q"][k] for k in unmasked], abs=1e-6)
         monitor = detail["monitor"]
-        means = {
-            "chosen_q_mean": q,
-            "value_mean": v[:n],
-            "log_pi_mean": q - v[:n],
-            "logits_mean": mean_z,
-            "entropy_mean": entropy,
-        }
+        means = {"chosen_q_mean": q, "value_mean": v[:n], "log_pi_mean": q - v[:n], "entropy_mean": entropy}
         for key, x in means.items():
             assert x.mean().item() == pytest.approx(monitor[key], abs=1e-6), (case["name"], key)
         assert (v[n].item() == 0) == case["terminal"]
+        args = Args(gamma=case["gamma"])
+        _, sums = imitation_loss(*columns, lengths, terminal, torch.tensor([False]), [n, 0], args, 3.0)
+        assert sums["irl/value"].item() / n == pytest.approx(monitor["value_mean"], abs=1e-6)  # as the model gives it
+        assert sums["irl/entropy"].item() / n == pytest.approx(monitor["entropy_mean"], abs=1e-6)
+        assert sums["losses/mle"].item() / n == pytest.approx(-monitor["log_pi_mean"], abs=1e-6)
+        _, sums = imitation_loss(*columns, lengths, terminal, torch.tensor([False]), [n, 0], args, 0.0)
+        if case["name"] != "truncated_drop":
+            assert sums["losses/td"].item() / n == pytest.approx(case["expected"]["td"], abs=1e-5)
+            last = detail["reward"][unmasked[-1]] ** 2 if case["terminal"] else 0.0
+            assert sums["irl/td_terminal"].item() == pytest.approx(last, abs=1e-5)
 
 
 def test_batch_is_normalised_by_its_tokens_and_rows_do_not_touch():
@@ -133,12 +158,12 @@ def test_batch_is_normalised_by_its_tokens_and_rows_do_not_touch():
     for weight, key in (0.0, "mle"), (0.1, "total"):
         loss, _, _ = loss_of(cases, 1.0, weight)
         assert loss.item() == pytest.approx(CASES["batch"]["token_mean"][key], abs=1e-6)
-        parts = [case | {"terminal": True} for case in cases]
         split = 0.0
-        for part in parts:  # two micro-batches, each divided by the tokens of both
-            ids, logits, prompt_lens, lengths, terminal = batch([part])
-            values, chosen, *_ = token_values(stub(logits), ids, prompt_lens, lengths, terminal, 9)
-            split += iq_loss(values, chosen, lengths, terminal, torch.tensor([False]), [5, 0], 1.0, weight)[0].item()
+        for case in cases:  # two micro-batches, each divided by the tokens of both
+            ids, logits, prompt_lens, lengths, terminal = batch([case | {"terminal": True}])
+            columns = run_stub(logits, ids, prompt_lens, lengths, terminal)
+            args, online = Args(lambda_td=weight), torch.tensor([False])
+            split += imitation_loss(*columns, lengths, terminal, online, [5, 0], args, 0.0)[0].item()
         assert split == pytest.approx(CASES["batch"]["token_mean"][key], abs=1e-6)
 
 
@@ -165,7 +190,7 @@ def test_exact_kl_and_its_gradient():
     ids, logits, *rest = batch([case])
     ref = torch.full_like(logits, 7.0).detach()
     ref[0, :3] = torch.tensor(case["ref_logits"])
-    kl = token_values(stub(logits), ids, *rest, 2, stub(ref))[3]
+    kl = run_stub(logits, ids, *rest, start_logits=ref)[3]
     assert kl[0].tolist() == pytest.approx(case["exact_kl_per_token"], abs=1e-6)
     kl.sum().backward()
     log_p = logits.detach()[0, :3].log_softmax(-1)
@@ -207,8 +232,8 @@ COMPLETIONS = [[14, 15], [16, 17, 18, 19, 2], [20], [21, 22, 23, 2]]
 TERMINAL = [False, True, False, True]
 
 
-def tiny_model(seed=0):
-    torch.manual_seed(seed)
+def tiny_model():
+    torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=False, initializer_range=0.3,
@@ -216,53 +241,79 @@ def tiny_model(seed=0):
     return Qwen2ForCausalLM(config).train()
 
 
+@pytest.fixture
+def tiny_policy(tmp_path):
+    """A function that makes a policy of random weights, always the same."""
+
+    def make(lora_r=0):
+        tiny_model().save_pretrained(tmp_path / "tiny")
+        torch.manual_seed(0)
+        return ValuePolicy(str(tmp_path / "tiny"), torch.float32, lora_r, lora_alpha=8)
+
+    return make
+
+
 def gradient(model):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def test_values_against_full_logits():
-    """V, Q, entropy, mean z in chunks, with padding, equal those of each sequence alone with all its logits."""
-    model = tiny_model()
+def inputs_of(prompts, completions, terminal, pad_id=0):
+    return [*pad_batch(prompts, completions, pad_id), torch.tensor(terminal)]
+
+
+def test_what_policy_and_value_policy_share():
+    """Only forward pass and head differ from grpo_upskill.py's Policy."""
+    for name in ("__init__", "shard", "merged_weights"):
+        assert inspect.getsource(getattr(ValuePolicy, name)) == inspect.getsource(getattr(Policy, name))
+    assert inspect.getsource(ValuePolicy.base.fget) == inspect.getsource(Policy.base.fget)
+
+
+def test_values_against_full_logits(tiny_policy, monkeypatch):
+    """V, Q, entropy in chunks, with padding, equal those of each sequence alone with all its logits."""
+    policy = tiny_policy()
     for head_chunk, pad_id in (1, 0), (3, 50), (1000, 14):
-        parts = token_values(model, *pad_batch(PROMPTS, COMPLETIONS, pad_id), torch.tensor(TERMINAL), head_chunk)
+        monkeypatch.setattr(irl_imitation, "HEAD_CHUNK", head_chunk)
+        columns = policy(*inputs_of(PROMPTS, COMPLETIONS, TERMINAL, pad_id))
         for k, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS)):
-            z = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 :].float()  # [n + 1, V]
+            z = policy.model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 :].float()
             n, log_p = len(completion), z[:-1].log_softmax(-1)
             entropy = -(log_p.exp() * log_p).sum(-1)
             v = z.logsumexp(-1) * torch.tensor([True] * n + [not TERMINAL[k]])
-            full = [v, z[torch.arange(n), completion], entropy, torch.zeros(n), z[:-1].mean(-1)]
-            for ours, expected in zip(parts, full):
+            full = [v, z[torch.arange(n), completion], entropy, torch.zeros(n)]
+            for ours, expected in zip(columns, full, strict=True):
                 torch.testing.assert_close(ours[k, : len(expected)], expected, atol=1e-5, rtol=1e-5)
                 assert (ours[k, len(expected) :] == 0).all()
-    assert parts[0].requires_grad and not parts[2].requires_grad
+    columns[2].sum().backward()  # only train_entropy gives the entropy a gradient
+    assert not gradient(policy).any()
 
 
 @pytest.mark.parametrize("lambda_td", [0.0, 0.3])
-def test_lambda_0_is_plain_sft_and_the_split_changes_nothing(lambda_td):
+def test_lambda_0_is_plain_sft_and_the_split_changes_nothing(lambda_td, tiny_policy):
     """With lambda 0 loss and gradients are those of transformers' own cross-entropy with masked prompt labels."""
-    model, tokens = tiny_model(), sum(map(len, COMPLETIONS))
+    policy, tokens = tiny_policy(), sum(map(len, COMPLETIONS))
     ids = pad_batch(PROMPTS, COMPLETIONS, 0)[0]
     labels = torch.full_like(ids, -100)
     for row, prompt, completion in zip(labels, PROMPTS, COMPLETIONS):
         row[len(prompt) : len(prompt) + len(completion)] = torch.tensor(completion)
-    logits = model(input_ids=ids).logits
+    logits = policy.model(input_ids=ids).logits
     expected = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-    assert model(input_ids=ids, labels=labels).loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert policy.model(input_ids=ids, labels=labels).loss.item() == pytest.approx(expected.item(), abs=1e-6)
     expected.backward()
-    plain, reference, totals = gradient(model), None, []
+    plain, reference, totals = gradient(policy), None, []
     for max_tokens in (1, 9, 1000):
-        model.zero_grad()
+        policy.zero_grad()
         total = 0.0
-        for part in micro_batches([len(p) + len(c) for p, c in zip(PROMPTS, COMPLETIONS)], max_tokens):
-            inputs = pad_batch([PROMPTS[i] for i in part], [COMPLETIONS[i] for i in part], 5)
-            terminal, online = torch.tensor([TERMINAL[i] for i in part]), torch.zeros(len(part)).bool()
-            values, chosen, *_ = token_values(model, *inputs, terminal, 4)
-            loss, _ = iq_loss(values, chosen, inputs[2], terminal, online, [tokens, 0], 1.0, lambda_td)
+        for micro in micro_batches([len(p) + len(c) for p, c in zip(PROMPTS, COMPLETIONS)], max_tokens):
+            parts = [[column[i] for i in micro] for column in (PROMPTS, COMPLETIONS, TERMINAL)]
+            inputs, online = inputs_of(*parts, pad_id=5), torch.zeros(len(micro)).bool()
+            columns = policy(*inputs)
+            args = Args(lambda_td=lambda_td)
+            loss, _ = imitation_loss(*columns, *inputs[2:], online, [tokens, 0], args, 0.0)
             loss.backward()
             total += loss.item()
         totals.append(total)
-        reference = gradient(model) if reference is None else reference
-        torch.testing.assert_close(gradient(model), reference, atol=1e-6, rtol=1e-4)
+        reference = gradient(policy) if reference is None else reference
+        torch.testing.assert_close(gradient(policy), reference, atol=1e-6, rtol=1e-4)
     assert totals == pytest.approx([totals[0]] * 3, abs=1e-5)
     if not lambda_td:
         assert totals[0] == pytest.approx(expected.item(), abs=1e-6)
@@ -271,43 +322,60 @@ def test_lambda_0_is_plain_sft_and_the_split_changes_nothing(lambda_td):
         assert (reference - plain).abs().max() > 1e-2
 
 
-def test_entropy_bonus_has_the_entropy_s_gradient():
-    model = tiny_model()
-    parts = token_values(model, *pad_batch(PROMPTS, COMPLETIONS, 0), torch.tensor(TERMINAL), 3, train_entropy=True)
-    parts[2].sum().backward()
-    ours = gradient(model)
-    model.zero_grad()
+def test_entropy_bonus_has_the_entropy_s_gradient(tiny_policy):
+    policy = tiny_policy()
+    columns = policy(*inputs_of(PROMPTS, COMPLETIONS, TERMINAL), train_entropy=True)
+    columns[2].sum().backward()
+    ours = gradient(policy)
+    policy.zero_grad()
     for prompt, completion in zip(PROMPTS, COMPLETIONS):
-        log_p = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        logits = policy.model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        log_p = logits.log_softmax(-1)
         (-(log_p.exp() * log_p).sum()).backward()
-    torch.testing.assert_close(ours, gradient(model), atol=2e-5, rtol=1e-3)
+    torch.testing.assert_close(ours, gradient(policy), atol=2e-5, rtol=1e-3)
 
 
-def test_no_tensor_of_all_tokens_times_vocabulary_is_kept():
-    model, kept = tiny_model(), []
-    prompts, completions = [[3] * 5] * 8, [[4] * 20] * 8  # 160 tokens, 97 words
-    inputs, terminal = pad_batch(prompts, completions, 0), torch.ones(8).bool()
+def test_entropy_and_kl_weigh_the_demonstrations_only():
+    """lambda_kl KL - entropy_coef H, means over the demonstrations' tokens; own answers have no part in them."""
+    entropy, kl = torch.tensor([[1.0, 2.0], [5.0, 7.0]]), torch.tensor([[0.5, 0.1], [9.0, 9.0]])
+    columns = torch.zeros(2, 3), torch.zeros(2, 2), entropy, kl
+    lengths, terminal, online = torch.tensor([2, 2]), torch.tensor([True, True]), torch.tensor([False, True])
+    args = Args(entropy_coef=0.3, lambda_kl=0.2)
+    loss, sums = imitation_loss(*columns, lengths, terminal, online, [2, 2], args, 0.0)
+    assert loss.item() == pytest.approx(0.2 * 0.6 / 2 - 0.3 * 3.0 / 2, abs=1e-6)
+    assert sums["losses/kl"].item() == pytest.approx(0.6) and sums["irl/entropy"].item() == pytest.approx(3.0)
+
+
+def test_no_tensor_of_all_tokens_times_vocabulary_is_kept(tiny_policy, monkeypatch):
+    monkeypatch.setattr(irl_imitation, "HEAD_CHUNK", 16)
+    policy, kept = tiny_policy(), []
+    inputs = inputs_of([[3] * 5] * 8, [[4] * 20] * 8, [True] * 8)  # 160 tokens, 97 words
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(tuple(x.shape)) or x, lambda x: x):
-        values, chosen, entropy, *_ = token_values(model, *inputs, terminal, 16, train_entropy=True)
+        values, chosen, entropy, _ = policy(*inputs, train_entropy=True)
     assert all(len(shape) < 2 or shape[-1] != 97 or shape[0] <= 16 for shape in kept)
     (values.sum() + chosen.sum() + entropy.sum()).backward()
 
 
-def test_reference_of_lora_is_the_model_without_adapters(tmp_path):
-    tiny_model().save_pretrained(tmp_path)
-    policy = load_policy(Args(model_name=str(tmp_path), lora_alpha=8), torch.device("cpu"), torch.float32, 4)
-    start = load_policy(Args(model_name=str(tmp_path)), torch.device("cpu"), torch.float32, 0)
-    inputs, terminal = pad_batch(PROMPTS, COMPLETIONS, 0), torch.tensor(TERMINAL)
-    assert token_values(policy, *inputs, terminal, 4, policy)[3].abs().max() < 1e-5
+def test_reference_of_lora_is_the_model_without_adapters(tiny_policy):
+    policy, start = tiny_policy(lora_r=4), tiny_policy()
+    inputs = inputs_of(PROMPTS, COMPLETIONS, TERMINAL)
+
+    def kl_to(reference):
+        with torch.no_grad(), policy.model.disable_adapter():
+            states = reference(*inputs, states_only=True)
+        return policy(*inputs, reference.base.get_output_embeddings(), states)[3]
+
+    assert kl_to(policy).abs().max() < 1e-5
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
-    kl = token_values(policy, *inputs, terminal, 4, policy)[3]
-    torch.testing.assert_close(kl, token_values(policy, *inputs, terminal, 4, start)[3], atol=1e-5, rtol=1e-4)
+    kl = kl_to(policy)
+    torch.testing.assert_close(kl, kl_to(start), atol=1e-5, rtol=1e-4)
     assert kl.max() > 0.01 and (kl > -1e-5).all()
     kl.sum().backward()
     assert all(p.grad is not None for n, p in policy.named_parameters() if "lora_" in n)
+    assert all(p.grad is None for p in start.parameters())
 
 
 # ---- the original's defects ------------------------------------------------------------------------------------------
@@ -348,8 +416,8 @@ def test_values_stay_bounded_over_a_long_run():
                 logits = torch.cat([z, z[:1]])[None].float()
                 ids = torch.tensor([[0, *actions]])
                 lens = torch.tensor([1]), torch.tensor([3]), torch.tensor([True])
-                values, chosen, *_ = token_values(stub(logits), ids, *lens, 2)
-                loss = iq_loss(values, chosen, *lens[1:], torch.tensor([False]), [3, 0], 1.0, 0.1)[0]
+                columns = run_stub(logits, ids, *lens)
+                loss = imitation_loss(*columns, *lens[1:], torch.tensor([False]), [3, 0], Args(), 0.0)[0]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -384,121 +452,113 @@ def test_rewards_are_bounded_at_the_optimum():
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_telescoping_identity(gamma):
     """sum gamma^t r_t = sum gamma^t log pi_t + V_0 - gamma^T V_T, with V_T = 0 behind an end token."""
-    case, rng = CASES["identity"], np.random.default_rng(0)
-    z = np.array(case["logits"])
-    v, q = np.log(np.exp(z).sum(1)), z[range(3), case["actions"]]
-    _, scores = reward_scores(np.append(v, 0.0), q, True, gamma, 0.0)
+    case = CASES["identity"]
+    z, args = torch.tensor(case["logits"], dtype=torch.double), Args(gamma=gamma)
+    values, chosen = torch.cat([z.logsumexp(1), torch.zeros(1)]), z[range(3), case["actions"]]
+    rewards = token_rewards(values[None], chosen[None], torch.tensor([3]), torch.tensor([True]), args)[0]
     known = case["gamma1" if gamma == 1 else "gamma09"]
-    assert scores["discounted"] == pytest.approx(known["sum_reward" if gamma == 1 else "disc_sum_reward"], abs=1e-9)
-    assert scores["v0"] == pytest.approx(known["V0"], abs=1e-9)
-    assert gamma != 1 or scores["log_pi"] == pytest.approx(known["sum_log_pi"], abs=1e-9)
-    for _ in range(50):
-        n, terminal = int(rng.integers(1, 9)), bool(rng.integers(2))
-        v, q = rng.normal(0, 5, n + 1), rng.normal(0, 5, n)
-        rewards, scores = reward_scores(v, q, terminal, gamma, 0.0)
-        weights = gamma ** np.arange(n)
-        right = weights @ (q - v[:-1]) + v[0] - (0 if terminal else gamma**n * v[-1])
-        assert weights @ rewards == pytest.approx(right, abs=1e-9) == scores["discounted"]
-        assert scores["sum"] == pytest.approx(rewards.sum()) and scores["mean"] == pytest.approx(rewards.mean())
-        assert scores["mean_log_pi"] == pytest.approx((q - v[:-1]).mean())
+    weights = gamma ** torch.arange(3, dtype=torch.double)
+    expected = known["sum_reward" if gamma == 1 else "disc_sum_reward"]
+    assert (weights * rewards).sum().item() == pytest.approx(expected, abs=1e-9)
+    assert values[0].item() == pytest.approx(known["V0"], abs=1e-9)
+    assert gamma != 1 or (chosen - values[:-1]).sum().item() == pytest.approx(known["sum_log_pi"], abs=1e-9)
+
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 9, (50,), generator=generator)
+    terminal = torch.randint(0, 2, (50,), generator=generator).bool()
+    values = 5 * torch.randn(50, 9, generator=generator, dtype=torch.double)
+    chosen = 5 * torch.randn(50, 8, generator=generator, dtype=torch.double)
+    rewards = token_rewards(values, chosen, lengths, terminal, args)
+    for n, ends, v, q, r in zip(lengths.tolist(), terminal, values, chosen, rewards):
+        weights = gamma ** torch.arange(n, dtype=torch.double)
+        right = (weights * (q - v[:-1])[:n]).sum() + v[0] - (0 if ends else gamma**n * v[n])
+        assert (weights * r[:n]).sum().item() == pytest.approx(right.item(), abs=1e-9)
+        assert (r[n:] == 0).all()
 
 
-def test_rewards_of_loss_and_report_agree():
-    """score_values and reward_scores give each answer the rewards that iq_loss squares."""
-    model, tokens = tiny_model(), sum(map(len, COMPLETIONS))
+def test_rewards_of_loss_and_report_agree(tiny_policy):
+    """score_answers gives each answer, in whatever micro-batch, the rewards that the loss squares, and its scores."""
+    policy, tokens = tiny_policy(), sum(map(len, COMPLETIONS))
     rows = [{"prompt": p, "tokens": c, "terminal": t} for p, c, t in zip(PROMPTS, COMPLETIONS, TERMINAL)]
-    scored = score_values(model, rows, 0, 12, 4)
-    inputs, terminal = pad_batch(PROMPTS, COMPLETIONS, 0), torch.tensor(TERMINAL)
-    values, chosen, *_ = token_values(model, *inputs, terminal, 4)
-    _, rewards = iq_loss(
-        values,
-        chosen,
-        inputs[2],
-        terminal,
-        torch.zeros(4).bool(),
-        [tokens, 0],
-        0.9,
-        1.0,
-        shift=1.5,
-        terminal_value=-2.0,
-    )
-    for (v, q, *_), row, expected in zip(scored, rows, rewards):
-        ours, _ = reward_scores(v - 1.5, q - 1.5, row["terminal"], 0.9, -2.0)
-        assert ours == pytest.approx(expected[: len(ours)].numpy(), abs=1e-5)
+    args = Args(gamma=0.9, terminal_value=-2.0, max_tokens_per_microbatch=12)
+    scored = score_answers(policy, rows, args, 0, 1.5)
+    inputs = inputs_of(PROMPTS, COMPLETIONS, TERMINAL)
+    columns = policy(*inputs)
+    mle = replace(args, lambda_td=0.0)
+    losses = [
+        imitation_loss(*columns, *inputs[2:], torch.zeros(4).bool(), [tokens, 0], x, 1.5)[0].item() for x in (args, mle)
+    ]
+    squares = sum(r**2 for row in scored for r in row["rewards"])
+    assert losses[0] - losses[1] == pytest.approx(0.1 * squares / tokens, abs=1e-5)
+    for k, row in enumerate(scored):
+        assert {name: row[name] for name in rows[k]} == rows[k]
+        v, q, entropy = (column[k].detach().numpy() for column in columns[:3])
+        n = len(COMPLETIONS[k])
+        assert row["log_pis"] == pytest.approx(q[:n] - v[:n], abs=1e-5)
+        assert row["entropies"] == pytest.approx(entropy[:n], abs=1e-5)
+        last = -2.0 if TERMINAL[k] else v[n] - 1.5
+        expected = q[:n] - 1.5 - 0.9 * np.append(v[1:n] - 1.5, last)
+        assert row["rewards"] == pytest.approx(expected, abs=1e-5)
+        assert row["sum"] == pytest.approx(expected.sum(), abs=1e-4) and row["mean"] == pytest.approx(row["sum"] / n)
+        assert row["log_pi"] == pytest.approx(sum(row["log_pis"])) and row["v0"] == pytest.approx(v[0] - 1.5, abs=1e-5)
+        assert row["mean_log_pi"] == pytest.approx(row["log_pi"] / n)
 
 
-def test_reward_figures_by_loops():
+def test_answer_figures_by_loops():
     from scipy.stats import spearmanr
 
-    rng, rows = random.Random(0), []
+    rng, held_out, samples = random.Random(0), [], []
     for i in range(12):
-        for kind, count in ("held_out", 1), ("reference", 1), ("corrupted", 1), ("sample", 5):
-            for _ in range(count):
-                scores = {k: rng.randrange(6) for k in ("sum", "mean", "discounted", "log_pi", "mean_log_pi", "v0")}
-                correct = {"correct": rng.random() < 0.1 * i, "rougeLsum": rng.random()} if kind == "sample" else {}
-                rows.append({"id": i, "kind": kind, **scores, **correct})
-    figures, samples = reward_figures(rows), [row for row in rows if row["kind"] == "sample"]
-    assert {key for key in figures if key.startswith("v0")} == {"v0_spearman", "v0_rouge"}
+        for k in range(6):
+            row = {k: rng.randrange(6) for k in ("sum", "mean", "log_pi", "mean_log_pi")}
+            row |= {name: [rng.random()] * rng.randrange(1, 4) for name in ("rewards", "log_pis", "entropies")}
+            samples.append(row | {"id": i, "correct": rng.random() < 0.1 * i}) if k else held_out.append(row)
+    figures = answer_figures(held_out, samples, 5)
+    for label, rows in ("val", held_out), ("sample", samples):
+        every = {name: sum((row[name] for row in rows), []) for name in ("rewards", "log_pis", "entropies")}
+        assert figures[f"eval/{label}_mle"] == pytest.approx(-np.mean(every["log_pis"]))
+        assert figures[f"eval/{label}_td"] == pytest.approx(np.mean(np.square(every["rewards"])))
+        assert figures[f"eval/{label}_entropy"] == pytest.approx(np.mean(every["entropies"]))
     for score in ("sum", "log_pi"):
         groups, numbers = defaultdict(list), [row[score] for row in samples]
         for row in samples:
             groups[row["id"]].append(row)
-        assert figures[f"{score}_spearman"] == pytest.approx(spearmanr(numbers, [row["correct"] for row in samples])[0])
-        assert figures[f"{score}_rouge"] == pytest.approx(spearmanr(numbers, [row["rougeLsum"] for row in samples])[0])
-        aucs, best, above = [], [], []
+        right = [row["correct"] for row in samples]
+        assert figures[f"reward/{score}_spearman"] == pytest.approx(spearmanr(numbers, right)[0])
+        aucs, best = [], []
         for group in groups.values():
             pairs = [(a[score], b[score]) for a in group for b in group if a["correct"] and not b["correct"]]
             aucs += [np.mean([(a > b) + (a == b) / 2 for a, b in pairs])] if pairs else []
             top = max(row[score] for row in group)
             best.append(np.mean([row["correct"] for row in group if row[score] == top]))
-        for i in range(12):
-            a, b = (next(r[score] for r in rows if r["id"] == i and r["kind"] == k) for k in ("reference", "corrupted"))
-            above.append((a > b) + (a == b) / 2)
-        assert figures[f"{score}_auroc"] == pytest.approx(np.mean(aucs))
-        assert figures[f"{score}_best_of"] == pytest.approx(np.mean(best))
-        assert figures[f"{score}_corrupted"] == pytest.approx(np.mean(above))
+        assert figures[f"reward/{score}_auroc"] == pytest.approx(np.mean(aucs))
+        assert figures[f"reward/{score}_best_of"] == pytest.approx(np.mean(best))
     for row in samples:
         row["correct"] = True
-    assert not {"sum_spearman", "sum_auroc"} & set(reward_figures(rows)) and "sum_best_of" in reward_figures(rows)
-    json.dumps(reward_figures(rows), allow_nan=False)
+    figures = answer_figures(held_out, samples, 5)
+    assert not {"reward/sum_spearman", "reward/sum_auroc"} & set(figures) and figures["reward/sum_best_of"] == 1
+    json.dumps(figures, allow_nan=False)
 
 
 def test_heat_map(tmp_path):
-    row = {"id": 1, "rewards": [0.5, -1.0, 0.0], "pieces": ["$5", "\n", "$"], "sum": -0.5}
+    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
+    tokens = tokenizer("$5\n$")["input_ids"]
+    row = {"id": 1, "rewards": [0.5, -1.0, 0.0, 1.0][: len(tokens)], "tokens": tokens, "sum": -0.5}
     for k, kinds in enumerate(([True, False], [True], [False])):
-        plot_rewards([row | {"correct": kind} for kind in kinds], tmp_path / f"{k}.png")
+        plot_rewards([row | {"correct": kind} for kind in kinds], tokenizer, tmp_path / f"{k}.png")
         assert (tmp_path / f"{k}.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_corrupt_changes_one_number_of_the_steps():
-    rng = np.random.default_rng(0)
-    answer = "He has 3 * 12 = <<3*12=36>>36 eggs.\nThen 36 + 4 = 40.\n#### 40"
-    seen = set()
-    for _ in range(50):
-        wrong = corrupt(answer, rng)
-        steps, _, final = wrong.partition("####")
-        assert final == " 40" and wrong != answer
-        old, new = (
-            np.array([int(x) for x in "".join(c if c.isdigit() else " " for c in t).split()]) for t in (answer, wrong)
-        )
-        changed = np.flatnonzero(old != new)
-        assert len(changed) == 1 and 1 <= new[changed[0]] - old[changed[0]] <= 9
-        seen.add(int(changed[0]))
-    assert seen == set(range(9))
-    assert corrupt("no numbers\n#### 4", rng) == "no numbers\n#### 4"
-
-
-def test_diversity():
+def test_self_bleu():
     same, other = "a b c d e f", "u v w x y z"
-    assert diversity([same] * 4)["self_bleu"] == pytest.approx(1.0)
-    assert diversity([same, other])["self_bleu"] < 0.01
-    assert diversity(["", ""])["self_bleu"] == diversity(["7", "7", "7"])["self_bleu"] == 1
-    assert diversity(["", same])["distinct_1"] == 1
+    assert self_bleu([same] * 4, 4) == pytest.approx(1.0)
+    assert self_bleu([same, other], 2) < 0.01
+    assert self_bleu(["", ""], 2) == self_bleu(["7", "7", "7"], 3) == 1
     # "a b c d e" against "a b c d f": 4/5, 3/4, 2/3, 1/2 of its n-grams, equally long
-    figures = diversity(["a b c d e", "a b c d f"])
-    assert figures["self_bleu"] == pytest.approx((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
-    assert figures["distinct_1"] == 6 / 10 and figures["distinct_2"] == 5 / 8 and figures["distinct_3"] == 4 / 6
-    assert diversity(["x=3.", "x=4."])["distinct_1"] == 5 / 8  # marks are words of their own
+    apart = (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
+    assert self_bleu(["a b c d e", "a b c d f"], 2) == pytest.approx(apart)
+    assert self_bleu(["a b c d e", "a b c d f", same, same], 2) == pytest.approx((apart + 1) / 2)  # two questions
+    assert self_bleu(["one x=3.", "one x=3 ."], 2) == 1  # marks are words of their own
 
 
 # ---- answers, calculator, data, schedule -----------------------------------------------------------------------------
@@ -530,14 +590,6 @@ def test_calculator():
         with_calculation("<<" + "".join(rng.choices("0123456789+-*/(). ,<>=", k=rng.randrange(30))))
 
 
-def test_learning_rate_follows_the_cosine_and_stays_at_0():
-    """200 steps behind one of warm-up: progress p is step 200 p; past the end the original's went up again."""
-    for case in CASES["helpers"]["cosine_lr_factor"]:
-        expected = case["factor"] if case["progress"] <= 1 else 0.0
-        assert lr_multiplier(int(200 * case["progress"]), 1, 201, "cosine") == pytest.approx(expected, abs=1e-9)
-    assert [lr_multiplier(k, 4, 20, "cosine") for k in range(4)] == [0.25, 0.5, 0.75, 1.0]
-
-
 @pytest.mark.parametrize("n", [7473, 2000, 11])
 def test_split_is_the_original_s(n):
     """datasets' train_test_split(test_size=0.1, seed=42), as the original calls it."""
@@ -550,17 +602,28 @@ def test_split_is_the_original_s(n):
 
 
 ERRORS = {
-    "one sample": (["--eval-samples", 1], "--eval-samples must be at least 2"),
-    "gamma": (["--gamma", 1.5], "--gamma at most 1"),
+    "one sample": (["--eval-samples", 1], "--eval-samples at least 2"),
+    "gamma": (["--gamma", 1.5], "--gamma must be at most 1"),
     "alpha": (["--online-alpha", 1], "--online-alpha below 1"),
+    "unbounded": (["--online-alpha", 0.1, "--lambda-td", 0], "--online-alpha needs a --lambda-td over 0"),
     "negative lambda": (["--lambda-td", -1], "--lambda-td is -1.0; it must be at least 0"),
-    "no question": (["--template", "Q:"], "--template needs {question} in it"),
+    "shift not a number": (["--value-shift", "nan"], "--value-shift is nan; it must be a finite number"),
+    "infinite shift": (["--value-shift", "inf"], "--value-shift is inf; it must be a finite number"),
+    "infinite end": (["--terminal-value", "-inf"], "--terminal-value is -inf; it must be a finite number"),
+    "never evaluated": (["--eval-every", 0], "--eval-every is 0; it must be over 0"),
+    "no question": (["--template", "Q:"], "--template 'Q:' has no {question} in it"),
     "system prompt": (["--template", "{question}", "--system-prompt", "x"], "--system-prompt is for the chat template"),
-    "no model": (["--model-name", "nobody/nothing"], "nobody/nothing cannot be used"),
-    "long prompts": (["--max-prompt-tokens", 3], "leaves 0 demonstrations and 0 held out; raise --max-prompt-tokens"),
-    "one row": (["--dataset", "one.jsonl"], "leaves 0 demonstrations and 1 held out"),
-    "no data": (["--dataset", "nowhere.jsonl"], "dataset file nowhere.jsonl does not exist"),
+    "no model": (["--model-name", "nobody/nothing"], "nobody/nothing cannot be used; give the hub id"),
+    "no base model": (["--model-name", "nobody/nothing", "--template", "{question}"], "nobody/nothing cannot be used"),
+    "one row": (["--dataset", "one.jsonl"], "leaves 0 demonstrations, too few for a step"),
+    "large batch": (["--batch-size", 25], "leaves 24 demonstrations, too few for a step; add rows"),
+    "no data": (["--dataset", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
     "no room": (["--max-new-tokens", 1020], "lower --max-new-tokens"),
+    "no chat template": (
+        ["--model-name", "base"],
+        "base cannot be used; give the hub id or the folder of a chat model",
+    ),
+    "no end token": (["--model-name", "base", "--template", "{question}"], "the tokenizer of base has no EOS token"),
 }
 
 
@@ -569,6 +632,22 @@ def test_errors(case, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "one.jsonl").write_text((TOY / "train.jsonl").read_text().splitlines()[0])
     arguments, message = ERRORS[case]
+    if "base" in arguments:
+        tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
+        tokenizer.chat_template = None
+        tokenizer.eos_token = None if case == "no end token" else tokenizer.eos_token
+        tokenizer.save_pretrained("base")
+        (tmp_path / "base" / "config.json").write_text((TOY / "model" / "config.json").read_text())
     error = stop_message(capsys, monkeypatch, tmp_path, *arguments, command=IRL_RUN)
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_another_process_has_the_run(capsys, monkeypatch, tmp_path):
+    import fcntl
+
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    with open(tmp_path / "runs" / "run" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        error = stop_message(capsys, monkeypatch, tmp_path, command=IRL_RUN)
+    assert "another process runs" in error and not (tmp_path / "runs" / "run" / "args.json").exists()
