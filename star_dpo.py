@@ -620,6 +620,8 @@ def run_units(policy, samples, units, ref_logps, args, pad_id: int, train: bool)
         sums["loss"] += loss.item()
         for name, values in stats.items():
             sums[name] += values.sum().item() / len(units)
+    if WORLD_SIZE > 1 and not train:
+        policy.reshard()  # FSDP would keep the head whole until the next backward pass
     shares = gather(dict(sums))
     return {name: sum(share.get(name, 0.0) for share in shares) for name in shares[0]}
 
@@ -1121,15 +1123,11 @@ if __name__ == "__main__":
     for signum in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, lambda signum, frame: signals.append(signum))
 
-    def write(path, records, mode="a"):
-        if RANK > 0:
-            return
-        with plain_error(f"{path} cannot be written; make room, --run-name {run_dir.name} then goes on"):
-            with open(path, mode) as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
-
     def log(record):
-        write(metrics_path, [record])
+        if RANK == 0:
+            with plain_error(f"{metrics_path} cannot be written; make room, --run-name {run_dir.name} then goes on"):
+                with open(metrics_path, "a") as file:
+                    file.write(json.dumps(record) + "\n")
         if args.track:
             wandb.log(record)
 
@@ -1159,10 +1157,8 @@ if __name__ == "__main__":
             figures = run_units(policy, val_samples, val_units, val_refs, args, pad_id, train=False)
             record |= {f"eval/{key}": value for key, value in figures.items()}
         log(record | {"time/eval": time.perf_counter() - t0})
-        shown = [
-            f"{key} {record[key]:.4f}" for key in ("eval/accuracy", "eval/no_answer", "eval/loss") if key in record
-        ]
-        print(f"after step {step}:", *shown, flush=True)
+        names = [name for name in ("eval/accuracy", "eval/no_answer", "eval/loss") if name in record]
+        print(f"after step {step}:", *(f"{name} {record[name]:.4f}" for name in names), flush=True)
 
     # the validation loss is always that of the same samples
     val_units = []
