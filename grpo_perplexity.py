@@ -191,19 +191,19 @@ def target_ids(problem: dict, target: str, template: str, tokenizer) -> list[int
 
     _, cue, closing = re.split(r"\{reasoning\}|\{answer\}", template)
     before = tokenizer.encode(cue, add_special_tokens=False)
-    ids = tokenizer.encode(cue + text + ("\n" if closing else ""), add_special_tokens=False)
+    end = "\n" if closing else tokenizer.eos_token
+    ids = tokenizer.encode(cue + text + end, add_special_tokens=False)
     if ids[: len(before)] != before:
         sys.exit(f"error: {text[:20]!r} merges with --template {template!r}; put {{answer}} on a line of its own.")
-    end = [] if closing else [tokenizer.eos_token_id]
-    return ids[len(before) :] + end
+    return ids[len(before) :]
 
 
-def perplexity_rewards(logps, base_logps, lens, reasoning_lens, args) -> torch.Tensor:
+def perplexity_rewards(logps, base_logps, target_lens, reasoning_lens, args) -> torch.Tensor:
     """Reward [B] of each completion from the judge's log-probabilities, in nats, of the gold answer y.
 
-    logps, base_logps [B, Y]: l_t = log q(y_t | x, c, y_<t) with the reasoning c, b_t without; lens, reasoning_lens [B]:
-    tokens of y and of c. Without c the reward has its lowest value. The completions of a question lie side by side.
-    PPL_c = exp(-mean l), PPL_b = exp(-mean b), both at most e^20.
+    logps, base_logps [B, Y]: l_t = log q(y_t | x, c, y_<t) with the reasoning c, b_t without. target_lens,
+    reasoning_lens [B]: tokens of y and of c. The completions of a question lie side by side. Without c the reward has
+    its lowest value. PPL_c = exp(-mean l), PPL_b = exp(-mean b), both at most e^20.
 
     absolute     1 / PPL_c
     relative     max(0, 1 - PPL_c / PPL_b)
@@ -216,11 +216,11 @@ def perplexity_rewards(logps, base_logps, lens, reasoning_lens, args) -> torch.T
     rlpr         mean exp(l) - mean exp(b), within 0 and 1                                  (RLPR, arXiv 2506.18254)
     nover        see nover_rewards                                                          (NOVER, arXiv 2505.16022)
     """
-    mask = torch.arange(logps.shape[1]) < lens[:, None]  # [B, Y]
+    mask = torch.arange(logps.shape[1]) < target_lens[:, None]  # [B, Y]
     logps = logps.double().masked_fill(~mask, 0.0)
     base_logps = base_logps.double().masked_fill(~mask, 0.0)
-    mean = (logps.sum(1) / lens).clamp(min=-20)  # [B], -log PPL_c
-    base_mean = (base_logps.sum(1) / lens).clamp(min=-20)  # [B], -log PPL_b
+    mean = (logps.sum(1) / target_lens).clamp(min=-20)  # [B], -log PPL_c
+    base_mean = (base_logps.sum(1) / target_lens).clamp(min=-20)  # [B], -log PPL_b
     absolute = mean.exp()
     relative = 1 - (base_mean - mean).exp()
     lowest = 0.0
@@ -236,15 +236,15 @@ def perplexity_rewards(logps, base_logps, lens, reasoning_lens, args) -> torch.T
         rewards = mean.clamp(min=-10)
         lowest = -10.0
     elif args.reward_type == "logprob_sum":
-        rewards = mean.clamp(min=-10) * lens
-        lowest = -10.0 * lens
+        rewards = mean.clamp(min=-10) * target_lens
+        lowest = -10.0 * target_lens
     elif args.reward_type == "gain":
         rewards = (mean - base_mean).clamp(-5, 5)
         lowest = -5.0
     elif args.reward_type == "prob":
         rewards = logps.sum(1).exp()
     elif args.reward_type == "rlpr":
-        rewards = ((logps.exp() - base_logps.exp()).sum(1) / lens).clamp(0, 1)
+        rewards = ((logps.exp() - base_logps.exp()).sum(1) / target_lens).clamp(0, 1)
     else:
         rewards = nover_rewards(-mean, reasoning_lens, args.group_size)
     return torch.where(reasoning_lens > 0, rewards, lowest).float()
@@ -264,13 +264,13 @@ def nover_rewards(log_ppl: torch.Tensor, reasoning_lens: torch.Tensor, group_siz
     return (1 - rank / n).flatten()
 
 
-def target_metrics(logps: torch.Tensor, lens: torch.Tensor, where: str, given: str = "") -> dict:
+def target_metrics(logps: torch.Tensor, target_lens: torch.Tensor, where: str, given: str = "") -> dict:
     """Perplexity of the target, and the chance that the judge writes exactly the target: its accuracy at temperature 1.
 
-    logps [B, Y], 0 behind a target's end; lens [B]; where, given: what stands around the two names. The perplexity of B
-    targets is exp(mean of -mean l), so that a hopeless one does not drown the rest.
+    logps [B, Y], 0 behind a target's end; target_lens [B]; where, given: what stands around the two names. The
+    perplexity of B targets is exp(mean of -mean l), so that a hopeless one does not drown the rest.
     """
-    ppl = (-logps.double().sum(1) / lens).mean().exp().item()
+    ppl = (-logps.double().sum(1) / target_lens).mean().exp().item()
     return {f"{where}/ppl{given}": ppl, f"{where}/q_accuracy{given}": logps.sum(1).exp().mean().item()}
 
 
@@ -856,9 +856,9 @@ if __name__ == "__main__":
                 "error: no completion holds a reasoning in the marks of --template; ask for them in --system-prompt."
             )
         swapped = reasonings[1:] + reasonings[:1]  # a control: another problem's reasoning
-        lens = torch.tensor([len(row["target"]) for row in eval_problems])
+        target_lens = torch.tensor([len(row["target"]) for row in eval_problems])
         for name, given in (("", reasonings), ("_without", [None] * len(texts)), ("_swapped", swapped)):
-            record |= target_metrics(judge_score(eval_problems, given), lens, "eval", name)
+            record |= target_metrics(judge_score(eval_problems, given), target_lens, "eval", name)
         log(record | {"time/eval": time.perf_counter() - t0})
 
     sync_weights(llm, policy)
@@ -905,12 +905,12 @@ if __name__ == "__main__":
         if args.reward_type != "accuracy":
             target_logps = judge_score(batch, reasonings)  # [B, Y]
             base_logps = judge_score(batch, [None] * len(batch))  # [B, Y], scored once for each question
-            lens = torch.tensor([len(row["target"]) for row in batch])
+            target_lens = torch.tensor([len(row["target"]) for row in batch])
             reasoning_lens = torch.tensor([len(judge_ids(reasoning or "")) for reasoning in reasonings])
             metrics["perplexity/valid"] = (reasoning_lens > 0).float().mean().item()
-            rewards = perplexity_rewards(target_logps, base_logps, lens, reasoning_lens, args)  # [B]
-            metrics |= target_metrics(target_logps, lens, "perplexity")
-            metrics |= target_metrics(base_logps, lens, "perplexity", "_without")
+            rewards = perplexity_rewards(target_logps, base_logps, target_lens, reasoning_lens, args)  # [B]
+            metrics |= target_metrics(target_logps, target_lens, "perplexity")
+            metrics |= target_metrics(base_logps, target_lens, "perplexity", "_without")
             terms["target_logp"] = target_logps.sum(1)
         rewards = gather(rewards)[0]  # rank 0's: a last bit of difference would part the ranks
         if not rewards.isfinite().all():
