@@ -101,30 +101,22 @@ def test_killed_and_started_again(mode, command, reference, tmp_path):
 
 # A fault planted in the script by replacing its text: (before, after, arguments, what the run says)
 DIFFER = "error: trainer and vLLM differ by"
-LIMIT = "__import__('resource').setrlimit(1, ({0}, {0}))\n"  # of the size of a file, as a disk that is full
-SAVE = "        if last or stop or step % args.save_every == 0:\n"
+SYNC = "        if due or args.online_alpha:"
 UPDATE = "        optimizer.step()\n"
+SAVE = "            save_checkpoint(run_dir"
+LIMIT = "            __import__('resource').setrlimit(1, (100_000, 100_000))\n"  # of a file's size: a full disk
 ONLINE = ["--online-alpha", 0.2]
 FAULTS = {
-    "never synced after training": ("        if due or args.online_alpha:", "        if False:", [], DIFFER),
-    "stale own samples": ("        if due or args.online_alpha:", "        if due:", ONLINE, DIFFER),
+    "never synced after training": (SYNC, "        if False:", [], DIFFER),
+    "stale own samples": (SYNC, "        if due:", ONLINE, DIFFER),
     "another temperature": ("sample(llm, prompts, 1, 1.0, args", "sample(llm, prompts, 1, 0.9, args", ONLINE, DIFFER),
-    "LoRA's delta dropped": (' + layer.get_delta_weight("default")', "", ["--lora-r", 4], DIFFER),
     "a policy of NaN": (
         UPDATE,
         UPDATE + "        trainable[0].data.fill_(math.nan)\n",
         [],
         "step 2 is nan; lower --lr",
     ),
-    "an infinite loss": (
-        "            loss.backward()",
-        "            (loss * math.inf).backward()",
-        [],
-        "step 1 is nan",
-    ),
-    "too little room": ("shutil.disk_usage(run_dir).free < size", "0 < size", [], "GB, too much for"),
-    "a full disk": (SAVE, "        " + LIMIT.format(100_000) + SAVE, [], "the checkpoint of step 3 cannot be written"),
-    "a full log": (SAVE, "        " + LIMIT.format(2000) + SAVE, [], "jsonl cannot be written; make room"),
+    "a full disk": (SAVE, LIMIT + SAVE, [], "the checkpoint of step 3 cannot be written"),
 }
 
 
@@ -247,7 +239,7 @@ def test_a_calculator_mends_wrong_sums(tmp_path):
     (tmp_path / "wrong.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     process = training(
         *("--output-dir", tmp_path, "--dataset", tmp_path / "wrong.jsonl", "--max-train-rows", 600, "--eval-size", 40),
-        *("--num-train-epochs", 6, "--batch-size", 16, "--max-new-tokens", 80, "--calculator"),
+        *("--num-train-epochs", 6, "--batch-size", 16, "--max-new-tokens", 80, "--calculator", "--eval-every", 1000),
         *("--lora-r", 0, "--warmup-steps", 5, "--lambda-td", 0.02, "--eval-samples", 2, "--lr", 2e-3),
         command=IRL_RUN,
     )
