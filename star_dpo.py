@@ -26,8 +26,8 @@ import json
 import logging
 import math
 import os
-import shutil
 import re
+import shutil
 import signal
 import sys
 import time
@@ -552,7 +552,7 @@ def restore_weights(parameters, copies):
 
 
 @torch.no_grad()
-def score_answers(policy, prompts, answers, temperature: float, args, pad_id: int) -> torch.Tensor:
+def score_trees(policy, prompts, answers, temperature: float, args, pad_id: int) -> torch.Tensor:
     """Log-probabilities [B, C] of B answers given B prompts (lists of token ids), on the CPU, 0 after the end."""
     logps = torch.zeros(len(prompts), max(map(len, answers), default=0))
     trees = plant_all(prompts, answers, range(len(prompts)))
@@ -833,7 +833,7 @@ def generate(llm, policy, tokenizer, encode, path, questions, n, temperature, ar
         if temperature:
             completions = [output["tokens"] for output in outputs[:CHECKED]]
             vllm_logps = pad_sequence([torch.tensor(output["logps"]) for output in outputs[:CHECKED]], batch_first=True)
-            logps = score_answers(policy, prompts[:CHECKED], completions, temperature, args, tokenizer.eos_token_id)
+            logps = score_trees(policy, prompts[:CHECKED], completions, temperature, args, tokenizer.eos_token_id)
             logp_diff = (logps - vllm_logps).abs().sum().item() / sum(map(len, completions))
             rollout[0]["logp_diff"] = logp_diff
             if state["logp_limit"] is None:  # the weights are the loaded ones: in bf16 the difference is rounding
@@ -1101,7 +1101,7 @@ if __name__ == "__main__":
     initial = copy_weights(trainable)
     optimizer = torch.optim.AdamW(trainable, args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
     # FSDP settles gradient dtypes in its first pass: adapters on
-    score_answers(policy, [[pad_id]], [[pad_id]], 1.0, args, pad_id)
+    score_trees(policy, [[pad_id]], [[pad_id]], 1.0, args, pad_id)
 
     size = 12 * sum(parameter.numel() for parameter in trainable)  # of a checkpoint: weights and moments
     saved = gather(checkpoints(run_dir / "checkpoints"))[0]
@@ -1142,7 +1142,7 @@ if __name__ == "__main__":
             indices = used[start : start + 1024]
             prompts = [samples[i]["prompt_ids"] for i in indices]
             answers = [samples[i]["token_ids"] for i in indices]
-            logps[indices] = score_answers(reference, prompts, answers, 1.0, args, pad_id).double().sum(1)
+            logps[indices] = score_trees(reference, prompts, answers, 1.0, args, pad_id).double().sum(1)
         return logps.tolist()
 
     def run_evaluation(step):

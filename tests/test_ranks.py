@@ -4,13 +4,14 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import IRL_RUN, MEMORY_RUN, PERPLEXITY_RUN, ROOT, SMALL_RUN, STAR_RUN, TOY, TOY_MC
+from conftest import IRL_RUN, MEMORY_RUN, PERPLEXITY_RUN, ROOT, SMALL_RUN, STAR_RUN, TOY, TOY_MC, training
 from safetensors.torch import load_file
 
 import grpo_upskill
@@ -37,13 +38,20 @@ ARMS = {
 }
 
 
-def run(launch, command, folder, samples, *extra):
-    """One run of a script through replay.py; what it printed."""
-    replay = [str(ROOT / "tests" / "replay.py"), str(samples)]
-    words = [*launch, *replay, *command[1:], "--output-dir", str(folder), *extra]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
-    return done.stdout
+def run(ranks, command, folder, samples, *extra):
+    """One run of a script through replay.py in so many processes; what rank 0 printed."""
+    words = [str(ROOT / "tests" / "replay.py"), str(samples), *command[1:], "--output-dir", str(folder), *extra]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+    processes = []
+    for rank in range(ranks):
+        env = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+        processes.append(training(command=[sys.executable, *words], env=env))
+    outputs = [process.communicate()[0] for process in processes]
+    for process, output in zip(processes, outputs):
+        assert process.returncode == 0 and "Traceback" not in output, output
+    return outputs[0]
 
 
 def records(folder):
@@ -72,12 +80,12 @@ def assert_same_training(one, two, start):
 def test_two_ranks_train_as_one_process(name, tmp_path):
     command, extra = ARMS[name]
     samples = tmp_path / "samples.pkl"
-    launch = [*LAUNCH[:-1], "3"] if name == "perplexity" else LAUNCH  # three: shards of unequal size
-    output = run(launch, command, tmp_path / "two", samples, *extra)
+    ranks = 3 if name == "perplexity" else 2  # three: shards of unequal size
+    output = run(ranks, command, tmp_path / "two", samples, *extra)
     lines = [line for line in output.splitlines() if line.startswith(("step ", "model: ", "written: "))]
     assert len(lines) == len(set(lines)) > 1  # one rank prints
     samples.with_suffix(".new").rename(samples)
-    run([sys.executable], command, tmp_path / "one", samples, *extra)
+    run(1, command, tmp_path / "one", samples, *extra)
     assert_same_training(tmp_path / "one", tmp_path / "two", (TOY_MC if name == "star" else TOY) / "model")
     if name == "memory":
         for folder in ("one", "two"):
@@ -95,13 +103,13 @@ def resume_with_another_number(command, extra, folder, samples):
     third = folder / "third.pkl"
     third.write_bytes(pickle.dumps(rollouts[2:]))
     reference = load_file(folder / "two/run/final/model.safetensors")
-    for before, launch in (("two", [sys.executable]), ("one", LAUNCH), ("two", LAUNCH)):
-        again = folder / f"{before}_then_{'two' if launch is LAUNCH else 'one'}"
+    for before, ranks in (("two", 1), ("one", 2), ("two", 2)):
+        again = folder / f"{before}_then_{ranks}"
         shutil.copytree(folder / before, again)
         shutil.rmtree(again / "run" / "final")
         shutil.rmtree(again / "run" / "checkpoints" / "step_000003")
-        as_many = (before, launch) == ("two", LAUNCH)
-        run(launch, command, again, folder / "none.pkl" if as_many else third, *extra)  # none: the engines draw anew
+        as_many = (before, ranks) == ("two", 2)
+        run(ranks, command, again, folder / "none.pkl" if as_many else third, *extra)  # none: the engines draw anew
         if as_many:
             found = load_file(again / "run/final/model.safetensors")
             assert all(torch.equal(found[name], reference[name]) for name in reference)

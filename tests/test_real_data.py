@@ -24,7 +24,6 @@ from transformers import (
 )
 
 from eval_gsm8k import encode_prompt, load_split
-
 from grpo_perplexity import target_ids
 from star_dpo import Args, load_questions, split_ids, user_message
 

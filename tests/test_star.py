@@ -34,7 +34,7 @@ from star_dpo import (
     plant,
     plant_all,
     run_units,
-    score_answers,
+    score_trees,
     split_ids,
     target_loss,
     user_message,
@@ -336,7 +336,7 @@ def test_what_is_scored():
     policy = toy_policy()
     prompt = encode_prompt(tokenizer, "A bag holds 7 pens.", "")
     completion = tokenizer("Guess.\nAnswer: B")["input_ids"] + [tokenizer.eos_token_id]
-    logps = score_answers(policy, [prompt], [completion], 1.0, Args(), 0)[0]
+    logps = score_trees(policy, [prompt], [completion], 1.0, Args(), 0)[0]
     with torch.no_grad():
         full = policy.model(input_ids=torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
     expected = [full[len(prompt) - 1 + t, token].item() for t, token in enumerate(completion)]
