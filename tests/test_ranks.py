@@ -38,16 +38,19 @@ ARMS = {
 }
 
 
+def environments(ranks):
+    """What torchrun puts into the environment of each rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
 def run(ranks, command, folder, samples, *extra):
     """One run of a script through replay.py in so many processes; what rank 0 printed."""
     words = [str(ROOT / "tests" / "replay.py"), str(samples), *command[1:], "--output-dir", str(folder), *extra]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
-    processes = []
-    for rank in range(ranks):
-        env = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-        processes.append(training(command=[sys.executable, *words], env=env))
+    processes = [training(command=[sys.executable, *words], env=environment) for environment in environments(ranks)]
     outputs = [process.communicate()[0] for process in processes]
     for process, output in zip(processes, outputs):
         assert process.returncode == 0 and "Traceback" not in output, output
@@ -120,20 +123,16 @@ def resume_with_another_number(command, extra, folder, samples):
 def test_a_signal_to_every_rank(tmp_path):
     """As srun sends it, at different moments: all save the same step and end with 128 + 10."""
     command = [*SMALL_RUN, *RARELY, "--output-dir", str(tmp_path), "--lora-r", "0", "--num-steps", "400"]
-    base = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    base |= {"MASTER_PORT": str(20000 + os.getpid() % 20000)}
     log = tmp_path / "run" / "metrics.jsonl"
 
-    environments = [base | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    processes = [subprocess.Popen(command, env=environment, cwd=ROOT, **pipes) for environment in environments]
+    processes = [training(command=command, env=environment) for environment in environments(2)]
     while not log.exists() or len(log.read_text().splitlines()) < 3:
         assert all(process.poll() is None for process in processes)
         time.sleep(0.2)
     processes[1].send_signal(signal.SIGUSR1)
     time.sleep(0.1)
     processes[0].send_signal(signal.SIGUSR1)
-    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    outputs = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [128 + signal.SIGUSR1] * 2, outputs
     saved = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
     assert len(list(saved.glob("__*.distcp"))) == 2  # a shard of each rank
