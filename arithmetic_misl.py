@@ -68,7 +68,9 @@ class Args:
     # experiment
     run_name: str = ""  # folder under output_dir; the same name again resumes it (empty: script, seed, time)
     output_dir: str = "runs"  # where run folders are made
-    arms: list[Literal["grpo", "pass-k", "mi", "gated-mi"]] = field(default_factory=lambda: list(ARMS))  # to compare
+    arms: list[Literal["grpo", "pass-k", "mi", "gated-mi"]] = field(
+        default_factory=lambda: list(ARMS)
+    )  # what is compared
     seed: int = 0  # the first seed; all random numbers are computed from the seed and the step
     num_seeds: int = 3  # seeds of each arm: seed, seed + 1, ..
     # imitation
@@ -91,7 +93,7 @@ class Args:
     lr: float = 5e-4  # constant, the same in both phases
     max_grad_norm: float = 1.0  # gradient norm clip, of each policy by itself
     # evaluation and checkpoint
-    eval_every: int = 200  # evaluate every so many updates, besides the start and the end
+    eval_every: int = 400  # evaluate every so many updates, besides the start and the end
     save_every: int = 200  # write the checkpoint every so many updates, besides the end
 
 
