@@ -22,7 +22,7 @@ Plain torch on a CPU. Left out: the paper's token-level reward (it is measured o
 the authors' own program gives, are in docs/arithmetic_misl.md.
 
     python arithmetic_misl.py                                     # all four arms, three seeds
-    python arithmetic_misl.py --arms grpo mi --num-seeds 1        # the pair of figure 4, in two minutes
+    python arithmetic_misl.py --arms grpo mi --num-seeds 1        # the pair of figure 4, in minutes
 """
 
 import fcntl
