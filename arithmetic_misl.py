@@ -33,7 +33,7 @@ import signal
 import sys
 import time
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import combinations, permutations, product
 from operator import add, mod, mul, sub, truediv
 from pathlib import Path
@@ -53,7 +53,6 @@ from tqdm import tqdm
 
 from eval_gsm8k import plain_error
 
-ARMS = ("grpo", "pass-k", "mi", "gated-mi")
 OPERATORS = {"+": add, "-": sub, "*": mul, "/": truediv, "%": mod}
 VOCABULARY = 15  # tokens: ten digits, then the five operators; a skill's token is its digit
 STAR = 12  # the prompt's separator is the token of "*"
@@ -68,9 +67,7 @@ class Args:
     # experiment
     run_name: str = ""  # folder under output_dir; the same name again resumes it (empty: script, seed, time)
     output_dir: str = "runs"  # where run folders are made
-    arms: list[Literal["grpo", "pass-k", "mi", "gated-mi"]] = field(
-        default_factory=lambda: list(ARMS)
-    )  # what is compared
+    arms: tuple[Literal["grpo", "pass-k", "mi", "gated-mi"], ...] = ("grpo", "pass-k", "mi", "gated-mi")  # compared
     seed: int = 0  # the first seed; all random numbers are computed from the seed and the step
     num_seeds: int = 3  # seeds of each arm: seed, seed + 1, ..
     # imitation
@@ -519,6 +516,7 @@ def open_run(args, run_dir: Path) -> str:
 # ---- The algorithm ---------------------------------------------------------------------------------------------------
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    args.arms = list(args.arms)  # as args.json gives it back
 
     positive = "num_seeds num_steps questions_per_step temperature cap lr max_grad_norm eval_every save_every"
     check_numbers(args, positive)
