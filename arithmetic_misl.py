@@ -62,12 +62,15 @@ WIDTH, HEADS, LAYERS, POSITIONS = 128, 4, 2, 64
 # T tokens of a prompt and its answers, V the vocabulary.
 
 
+Arm = Literal["grpo", "pass-k", "mi", "gated-mi"]
+
+
 @dataclass
 class Args:
     # experiment
     run_name: str = ""  # folder under output_dir; the same name again resumes it (empty: script, seed, time)
     output_dir: str = "runs"  # where run folders are made
-    arms: tuple[Literal["grpo", "pass-k", "mi", "gated-mi"], ...] = ("grpo", "pass-k", "mi", "gated-mi")  # compared
+    arms: tuple[Arm, ...] = ("grpo", "pass-k", "mi", "gated-mi")  # what is trained and compared, see above
     seed: int = 0  # the first seed; all random numbers are computed from the seed and the step
     num_seeds: int = 3  # seeds of each arm: seed, seed + 1, ..
     # imitation
@@ -466,7 +469,7 @@ def results_table(records: list[dict], arms: list[str], N: int) -> str:
         table += f"\n{name:<34}"
         for column in values.T:
             mean, half = interval(column)
-            table += f"{mean:>8.3f} ± {half:.3f}"
+            table += f"{mean:>8.3f}" + ("        " if math.isnan(half) else f" ± {half:.3f}")  # a single seed has none
     return table
 
 
