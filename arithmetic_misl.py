@@ -504,8 +504,9 @@ def open_run(args, run_dir: Path) -> str:
             return f"error: another process runs {run_dir}; wait for its end, or choose another --run-name."
         except OSError:
             pass  # a file system without locks
-        before = json.loads(path.read_text()) if path.exists() else asdict(args)
-        for name, value in asdict(args).items():
+        wanted = json.loads(json.dumps(asdict(args)))  # with lists for tuples, as the file has them
+        before = json.loads(path.read_text()) if path.exists() else wanted
+        for name, value in wanted.items():
             if name not in free.split() and before.get(name) != value:
                 flag = f"--{name.replace('_', '-')}"
                 return f"error: {flag} of {run_dir} was {before.get(name)!r}, not {value!r}; choose another --run-name."
@@ -519,7 +520,6 @@ def open_run(args, run_dir: Path) -> str:
 # ---- The algorithm ---------------------------------------------------------------------------------------------------
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    args.arms = list(args.arms)  # as args.json gives it back
 
     positive = "num_seeds num_steps questions_per_step temperature cap lr max_grad_norm eval_every save_every"
     check_numbers(args, positive)

@@ -337,17 +337,19 @@ def load_problems(dataset: str, eval_dataset: str, eval_size: int) -> tuple[list
     return problems, eval_problems[: eval_size or None]
 
 
-def load_tokenizer(model_name: str, system_prompt: str):
-    """(the tokenizer of a chat model, the longest sequence in tokens that the model takes).
+def load_tokenizer(model_name: str, system_prompt: str | None):
+    """(the model's tokenizer, the longest sequence in tokens that the model takes).
 
     Ends the program if there is no such model, no EOS token, no chat template, or one that refuses a system message.
+    With system_prompt None prompts are plain texts, and no chat template is needed.
     """
     from transformers import AutoConfig, AutoTokenizer
 
     with plain_error(f"{model_name} cannot be used; give the hub id or the folder of a chat model"):
         config = AutoConfig.from_pretrained(model_name)
         tokenizer = AutoTokenizer.from_pretrained(model_name)
-        encode_prompt(tokenizer, "?", system_prompt)
+        if system_prompt is not None:
+            encode_prompt(tokenizer, "?", system_prompt)
     if tokenizer.eos_token_id is None:
         sys.exit(
             f"error: the tokenizer of {model_name} has no EOS token, so that no completion could end; give it one."

@@ -617,8 +617,9 @@ def open_run(args, run_dir: Path) -> str:
             return f"error: another process runs {run_dir}; wait for its end, or choose another --run-name."
         except OSError:
             pass  # a file system without locks
-        before = json.loads(path.read_text()) if path.exists() else asdict(args)
-        for name, value in asdict(args).items():
+        wanted = json.loads(json.dumps(asdict(args)))  # with lists for tuples, as the file has them
+        before = json.loads(path.read_text()) if path.exists() else wanted
+        for name, value in wanted.items():
             if name not in free.split() and before.get(name) != value:
                 flag = f"--{name.replace('_', '-')}"
                 return f"error: {flag} of {run_dir} was {before.get(name)!r}, not {value!r}; choose another --run-name."

@@ -187,20 +187,6 @@ def imitation_loss(values, chosen, entropy, kl, lengths, terminal, online, token
 
 
 # ---- Policy and log-probabilities ------------------------------------------------------------------------------------
-def load_plain_tokenizer(model_name: str):
-    """load_tokenizer for prompts from a plain text template: a base model needs no chat template."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    with plain_error(f"{model_name} cannot be used; give the hub id or the folder of a model"):
-        config = AutoConfig.from_pretrained(model_name)
-        tokenizer = AutoTokenizer.from_pretrained(model_name)
-    if tokenizer.eos_token_id is None:
-        sys.exit(
-            f"error: the tokenizer of {model_name} has no EOS token, so that no completion could end; give it one."
-        )
-    return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
-
-
 def check_model(model_name: str):
     """End the program if the model cannot be trained here. It runs before the engine, whose start takes minutes."""
     from transformers import AutoConfig
@@ -642,8 +628,9 @@ def open_run(args, run_dir: Path) -> str:
             return f"error: another process runs {run_dir}; wait for its end, or choose another --run-name."
         except OSError:
             pass  # a file system without locks
-        before = json.loads(path.read_text()) if path.exists() else asdict(args)
-        for name, value in asdict(args).items():
+        wanted = json.loads(json.dumps(asdict(args)))  # with lists for tuples, as the file has them
+        before = json.loads(path.read_text()) if path.exists() else wanted
+        for name, value in wanted.items():
             if name not in free.split() and before.get(name) != value:
                 flag = f"--{name.replace('_', '-')}"
                 return f"error: {flag} of {run_dir} was {before.get(name)!r}, not {value!r}; choose another --run-name."
@@ -754,10 +741,7 @@ if __name__ == "__main__":
     num_steps = args.num_train_epochs * steps_per_epoch
     if args.num_train_epochs and not num_steps:
         sys.exit(f"error: {args.dataset} leaves {len(problems)} demonstrations, too few for a step; add rows.")
-    if args.template:
-        tokenizer, context = load_plain_tokenizer(args.model_name)
-    else:
-        tokenizer, context = load_tokenizer(args.model_name, args.system_prompt)
+    tokenizer, context = load_tokenizer(args.model_name, None if args.template else args.system_prompt)
     check_model(args.model_name)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
