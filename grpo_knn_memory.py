@@ -1,13 +1,13 @@
 """Memory-R (Le et al. 2025, arXiv 2504.02273): GRPO for tiny models, with rewards from a memory of their own answers.
 
-Two memories, of right and of wrong answers, keep embeddings of the answers' reasoning, by question. The reasoning a of
-a new answer is compared with B, which is all that is stored under the K questions nearest to its own:
+Two memories, of right and of wrong answers, keep embeddings of the answers' reasoning, by question. The embedding a of
+a new answer is compared with M, the stored answers to the K questions nearest to its own:
 
-    r_exploit = 1 - (d - d_min) / (d_max - d_min),   d = || a - mean of B ||,            B from the right answers
-    r_explore = (n - n_min) / (n_max - n_min),       n = 1 - max over b in B of a . b,   B from the wrong answers
+    distance = || a - mean of M ||             r_exploit = 1 - (distance - min) / (max - min),   M of right answers
+    novelty  = 1 - max over m in M of a . m    r_explore = (novelty - min) / (max - min),        M of wrong answers
 
 Minima and maxima are those of recent scores. Both rewards are added to those for answer and format (Memory-R+; Memory-R
-has r_exploit only). B leaves a itself out. In the authors' code (--memory-mode sequential) it does not, so that
+has r_exploit only). M leaves a itself out. In the authors' code (--memory-mode sequential) it does not, so that
 r_explore is 0 for all wrong answers. The controls: --intrinsic none is GRPO, --intrinsic-control gives placebos.
 
 Left out: value network, multi-turn, 4-bit weights, mixture-of-experts models; of the authors' code the entropy, tree
@@ -76,7 +76,7 @@ DEVICE = torch.device("cpu")
 if torch.cuda.is_available():
     DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 # Shapes: B completions of a step, G of a group, C tokens of the longest completion, T of the longest row, H hidden
-# size, d size of an embedding.
+# size, d size of an embedding, m answers in M.
 HEAD_CHUNK = 1024  # tokens for which logits [HEAD_CHUNK, vocabulary] exist at a time
 MAX_PADDING = 0.1  # share of a micro-batch that may be pads
 KEEP_CHECKPOINTS = 2
@@ -99,7 +99,7 @@ class Args:
     system_prompt: str = (  # empty: none
         "Answer in this format:\n<reasoning>\nyour steps\n</reasoning>\n<answer>\nonly the number\n</answer>"
     )
-    num_shots: int = 0  # worked examples in every prompt: the first training problems, which are not trained on then
+    num_shots: int = 0  # examples in every prompt: the first training problems, then left out of training
     # rollout
     num_steps: int = 500  # training steps, each one rollout
     questions_per_step: int = 16  # questions in a rollout
@@ -110,20 +110,22 @@ class Args:
     # Memory-R: weights of the rewards
     correct_coef: float = 1.0  # the right number
     int_coef: float = 0.5  # an integer between the answer tags
-    strict_coef: float = 0.5  # the system prompt's format, each tag on a line of its own
+    strict_coef: float = 0.5  # the default system prompt's format, each tag on a line of its own
     soft_coef: float = 0.5  # the same order of tags, with any white space
-    xml_coef: float = 0.5  # share of the tags that stand once, less what a text behind the last costs
+    xml_coef: float = 0.5  # share of the tags that stand once; text behind the last costs
     cosine_coef: float = 0.0  # the paper's length baseline: right answers should be short, wrong ones long
     exploit_coef: float = 1.0  # r_exploit
     explore_coef: float = 1.0  # r_explore
     # Memory-R: the memories
     intrinsic: Literal["none", "exploit", "explore", "both"] = "both"  # Memory-R: exploit, Memory-R+: both
     explore_warmup_steps: int = 50  # steps without r_explore, while wrong answers are collected
-    memory_mode: Literal["loo", "past", "sequential"] = "loo"  # who is compared with whom, see memory_rewards
+    memory_mode: Literal["loo", "past", "sequential"] = (
+        "loo"  # which stored answers one is compared with, see memory_rewards
+    )
     knn_k: int = 1  # nearest questions K whose answers are read
     max_keys: int = 10000  # questions that a memory holds; the oldest goes first
     max_values: int = 100  # answers that it holds of each; the oldest goes first
-    norm_window: int = 1024  # recent scores whose minimum and maximum are taken (100 in the paper)
+    norm_window: int = 1024  # recent scores whose minimum and maximum scale new ones (paper: 100)
     embed_model: str = "sentence-transformers/all-MiniLM-L6-v2"  # sentence encoder, hub id or folder
     intrinsic_control: Literal["none", "shuffled", "matched"] = "none"  # placebos, see the function placebo
     compat: bool = False  # answer and format rewards as the authors' code has them, see format_rewards
@@ -154,7 +156,7 @@ class Args:
 
 # ---- Reward and loss -------------------------------------------------------------------------------------------------
 def tagged_answer(text: str) -> str:
-    """What stands behind the last <answer>, up to the next </answer>; all of a text without these tags."""
+    """The text after the last <answer>, up to the next </answer>. A text without tags is returned whole."""
     return text.split("<answer>")[-1].split("</answer>")[0].strip()
 
 
@@ -162,19 +164,22 @@ def format_rewards(text: str, compat: bool) -> list[float]:
     """[integer, strict, soft, xml] of a completion, each at most 1, before their weights.
 
     integer   an integer stands between the answer tags; 2,125 and $72 are integers
-    strict    <reasoning>, steps, </reasoning>, <answer>, number, </answer>, on lines of their own, and nothing else
+    strict    <reasoning>, steps, </reasoning>, <answer>, answer, </answer>, on lines of their own, and nothing else
     soft      the same tags in the same order from the start, with any white space; text behind them is allowed
-    xml       share of the four tags that stand once with their line breaks, less .002 a character behind the last
+    xml       share of the four tags that stand exactly once with their line breaks; each character behind
+              "\n</answer>" costs .002, if that stands once
 
-    compat: as in the authors' code. There a text without tags is all answer, steps on several lines have no format
-    (their "." stops at the end of a line), and a text that does not end in a newline is charged for every character.
+    compat: as in the authors' code. There a text without tags counts as the answer, steps on several lines earn neither
+    strict nor soft (their "." stops at the end of a line), and a text without "\n</answer>\n" is charged for its whole
+    length.
     """
     if compat:
         integer = tagged_answer(text).isdigit()
         inside = r".*?"
     else:
         text = text.strip() + "\n"
-        number = to_number(tagged_answer(text)) if "<answer>" in text and "</answer>" in text else None
+        closed = "<answer>" in text and "</answer>" in text.split("<answer>")[-1]
+        number = to_number(tagged_answer(text)) if closed else None
         integer = number is not None and number.denominator == 1
         inside = r"(?:(?!</?(?:reasoning|answer)>)[\s\S])*?"  # over several lines, but not over another tag
     strict = re.match(rf"<reasoning>\n{inside}\n</reasoning>\n<answer>\n{inside}\n</answer>\n$", text)
@@ -203,7 +208,9 @@ def load_encoder(name: str):
     with plain_error(f"the weights of {name} cannot be read; {advice}"):
         encoder = AutoModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
     with plain_error(f"{name} cannot embed texts; {advice}"):
-        embed(encoder, tokenizer, ["a", "a longer text"], 512)
+        vectors = embed(encoder, tokenizer, ["a", "a longer text"], 512)
+    if not vectors.isfinite().all():
+        sys.exit(f"error: {name} embeds a text as NaN; {advice}.")
     return encoder, tokenizer
 
 
@@ -219,7 +226,7 @@ def embed(encoder, tokenizer, texts: list[str], max_tokens: int) -> torch.Tensor
         if micro:
             batch = tokenizer.pad({"input_ids": [ids[i] for i in micro]}, return_tensors="pt").to(encoder.device)
             hidden = encoder(**batch).last_hidden_state  # [rows, T, d]
-            sums = (hidden * batch["attention_mask"][..., None]).sum(1)  # it points where the mean points
+            sums = (hidden * batch["attention_mask"][..., None]).sum(1)  # the same direction as the mean
             vectors[micro] = F.normalize(sums, dim=-1).cpu()
     if WORLD_SIZE > 1 and dist.is_initialized():  # not yet when load_encoder tries the encoder
         # each rank has filled in its own rows; NCCL cannot reduce CPU tensors
@@ -229,10 +236,10 @@ def embed(encoder, tokenizer, texts: list[str], max_tokens: int) -> torch.Tensor
 
 
 class EpisodicMemory:
-    """Answers by question, as unit vectors of d numbers, and recent scores. What is oldest makes room.
+    """Embeddings of answers by question, and recent scores. The oldest are dropped.
 
-    entries: {question: {"key": [d], "answers": [n, d], "numbers": [n]}}, the oldest question and answer first.
-    A question is an integer. Answers are numbered as they come, so that one can be told from another that is equal.
+    entries: {question: {"key": [d], "vectors": [m, d], "ids": [m]}}, the oldest question and answer first.
+    A question is an integer. Every stored answer has an id, because two equal answers must be told apart.
     """
 
     def __init__(self, d: int, max_keys: int, max_values: int, norm_window: int):
@@ -257,22 +264,22 @@ class EpisodicMemory:
         for question, entry in self.entries.items():
             self.index.add_with_ids(entry["key"][None].numpy(), np.array([question]))
 
-    def add(self, questions, keys, answers, stored) -> torch.Tensor:
-        """Store the answers [B, d] whose stored [B] is True. Returns the numbers [B] they got, -1 for the others.
+    def add(self, questions, keys, vectors, store) -> torch.Tensor:
+        """Store the vectors [B, d] whose store [B] is True. Returns the ids [B] they got, -1 for the others.
 
-        questions [B]: whose answers they are; keys [B, d]: the questions' embeddings, of which the first one stays.
+        questions [B]: whose answers they are; keys [B, d]: embeddings of the questions. A question keeps its first one.
         """
-        numbers = torch.full([len(answers)], -1)
-        for i in stored.nonzero()[:, 0].tolist():
+        ids = torch.full([len(vectors)], -1)
+        for i in store.nonzero()[:, 0].tolist():
             question = int(questions[i])
             if question not in self.entries:
                 self.add_question(question, keys[i].clone())
-            numbers[i] = self.count
+            ids[i] = self.count
             self.count += 1
             entry = self.entries[question]
-            entry["answers"] = torch.cat([entry["answers"], answers[i : i + 1]])[-self.max_values :]
-            entry["numbers"] = torch.cat([entry["numbers"], numbers[i : i + 1]])[-self.max_values :]
-        return numbers
+            entry["vectors"] = torch.cat([entry["vectors"], vectors[i : i + 1]])[-self.max_values :]
+            entry["ids"] = torch.cat([entry["ids"], ids[i : i + 1]])[-self.max_values :]
+        return ids
 
     def add_question(self, question: int, key: torch.Tensor):
         """Make room for the answers to a new question."""
@@ -280,77 +287,92 @@ class EpisodicMemory:
             oldest = next(iter(self.entries))
             del self.entries[oldest]
             self.index.remove_ids(np.array([oldest]))
-        self.entries[question] = {"key": key, "answers": torch.zeros(0, self.index.d), "numbers": torch.zeros(0).long()}
+        self.entries[question] = {"key": key, "vectors": torch.zeros(0, self.index.d), "ids": torch.zeros(0).long()}
         self.index.add_with_ids(key[None].numpy(), np.array([question]))
 
     def read(self, key: torch.Tensor, k: int):
-        """(numbers [n], answers [n, d]) of all that is stored under the k questions nearest to `key` [d]: B."""
+        """(ids [m], vectors [m, d]) of all that is stored under the k questions nearest to `key` [d]."""
         found = self.index.search(key[None].numpy(), k)[1][0]
         nearest = [self.entries[question] for question in found.tolist() if question >= 0]  # -1: fewer than k stored
-        numbers = torch.cat([torch.zeros(0).long(), *(entry["numbers"] for entry in nearest)])
-        return numbers, torch.cat([torch.zeros(0, self.index.d), *(entry["answers"] for entry in nearest)])
+        ids = torch.cat([torch.zeros(0).long(), *(entry["ids"] for entry in nearest)])
+        return ids, torch.cat([torch.zeros(0, self.index.d), *(entry["vectors"] for entry in nearest)])
 
     def scale(self, scores: torch.Tensor) -> torch.Tensor:
         """(score - minimum) / (maximum - minimum) [B] over the window, these scores included; NaN stays NaN."""
         recent = torch.cat([self.window, scores[~scores.isnan()]])
         self.window = recent[-self.norm_window :]
-        recent = recent[-max(self.norm_window, len(scores)) :]  # never less than this step
+        recent = recent[-max(self.norm_window, len(scores)) :]  # all scores of this step, even of a shorter window
         if not len(recent):
             return scores
         low, high = recent.min(), recent.max()
-        return ((scores - low) / (high - low).clamp(min=1e-4)).clamp(0, 1)  # rounding errors are not blown up
+        return (scores - low) / (high - low).clamp(min=1e-4)  # a smaller range is rounding error
 
 
-def memory_scores(memory, key, answers, own, kind: str, k: int) -> torch.Tensor:
-    """d or n of the answers [G, d] to one question, before scaling: [G], NaN where there is nothing to compare with.
+def memory_scores(memory, key, vectors, own, kind: str, k: int) -> torch.Tensor:
+    """Distance (exploit) or novelty (explore) [G] of the answers to one question, before scaling.
 
-    key [d]: the question's embedding; own [G]: the numbers of the answers themselves, which B leaves out (-1: none).
+    key [d]: the question's embedding; vectors [G, d]: those of its answers; own [G]: the ids of stored answers, -1 for
+    the others. Where there is nothing to compare with, the score is NaN.
+
+    A stored answer is compared with M without itself. The others then meet M without one of the group's own answers
+    too, each of these in turn, and get the mean score: a centroid of fewer answers lies farther away, so whoever is
+    compared with fewer would seem farther away and newer.
     """
-    numbers, stored = memory.read(key, k)  # [n], [n, d]
-    others = own[:, None] != numbers  # [G, n]
-    if not others.any():
-        return torch.full([len(answers)], math.nan)
-    if kind == "exploit":
-        centroids = others.double() @ stored.double() / others.sum(1, keepdim=True)  # [G, d], 0 / 0 where B is empty
-        return (answers - centroids).norm(dim=1).float()
-    similarity = (answers @ stored.T).masked_fill(~others, -torch.inf)  # [G, n]
-    return (1 - similarity.amax(1)).masked_fill(~others.any(1), math.nan)
+    ids, stored = memory.read(key, k)  # M: [m], [m, d]
+    left_out = own[own >= 0]  # [n]
+    if not len(left_out):
+        left_out = torch.tensor([-1])  # nothing
+    turns = []
+    for answer_id in left_out:
+        others = stored[ids != answer_id]
+        if not len(others):
+            turns.append(torch.full([len(vectors)], math.nan))
+        elif kind == "exploit":
+            turns.append((vectors - others.mean(0)).norm(dim=1))
+        else:
+            turns.append(1 - (vectors @ others.T).amax(1))
+    turns = torch.stack(turns, 1)  # [G, n]
+    itself = own[:, None] == left_out  # [G, n]
+    return torch.where(itself, turns, 0).sum(1).where(own >= 0, turns.mean(1))
 
 
-def memory_rewards(memory, questions, keys, answers, stored, kind: str, mode: str, k: int) -> torch.Tensor:
+def memory_rewards(memory, questions, keys, vectors, store, kind: str, mode: str, k: int) -> torch.Tensor:
     """Intrinsic reward [B] of each answer, in 0..1, or NaN where there is nothing to compare it with; fills the memory.
 
-    questions [B]: integers; keys, answers [B, d]: unit vectors of question and answer; stored [B]: whose answer stays.
+    questions [B]: integers; keys, vectors [B, d]: unit vectors of question and answer; store [B]: True where the answer
+    goes into the memory. M: the answers stored under the k nearest questions.
 
-    kind exploit     1 - scaled d, d = ||a - mean of B||          paper, equations 4 and 6
-         explore     scaled n, n = 1 - max over b in B of a . b   equations 5 and 6
-    mode loo         all are stored first, and B leaves a itself out: no matter in which order they come
-         past        B is what was stored before this step
+    kind exploit     1 - scaled distance, distance = ||a - mean of M||          paper, equations 4 and 6
+         explore     scaled novelty, novelty = 1 - max over m in M of a . m     equations 5 and 6
+
+    mode loo         all are stored first, and M leaves out the answer itself. The order of the answers does not matter,
+                     unless a question has more than max_values
+         past        M is what was stored before this step
          sequential  the authors': one answer after the other is stored, scored (it may meet itself), scaled
     """
-    if mode == "sequential" and len(answers) > 1:
+    if mode == "sequential" and len(vectors) > 1:
         rewards = []
-        for rows in zip(questions[:, None], keys[:, None], answers[:, None], stored[:, None], strict=True):
-            rewards.append(memory_rewards(memory, *rows, kind, mode, k))
+        for single in zip(questions[:, None], keys[:, None], vectors[:, None], store[:, None], strict=True):
+            rewards.append(memory_rewards(memory, *single, kind, mode, k))  # a batch of one
         return torch.cat(rewards)
 
-    own = torch.full([len(answers)], -1)
+    own = torch.full([len(vectors)], -1)
     if mode != "past":
-        numbers = memory.add(questions, keys, answers, stored)
+        ids = memory.add(questions, keys, vectors, store)
     if mode == "loo":
-        own = numbers
-    scores = torch.zeros(len(answers))
+        own = ids
+    scores = torch.zeros(len(vectors))
     for question in questions.unique():
         rows = (questions == question).nonzero()[:, 0]
-        scores[rows] = memory_scores(memory, keys[rows[0]], answers[rows], own[rows], kind, k)
+        scores[rows] = memory_scores(memory, keys[rows[0]], vectors[rows], own[rows], kind, k)
     if mode == "past":
-        memory.add(questions, keys, answers, stored)
+        memory.add(questions, keys, vectors, store)
     scaled = memory.scale(scores)
     return 1 - scaled if kind == "exploit" else scaled
 
 
 def placebo(rewards: torch.Tensor, correct: torch.Tensor, control: str, rng) -> torch.Tensor:
-    """An intrinsic reward [questions, G] of the same size that says nothing about the reasoning; correct: as rewards.
+    """A control in place of the intrinsic reward [questions, G]; correct has the same shape.
 
     shuffled   permuted within each group
     matched    the group's mean over the right, or the wrong, answers: what is left is a bonus for being right
@@ -409,7 +431,7 @@ def policy_loss(logps, old_logps, advantages, mask, args, denominator, is_weight
 
 # ---- Prompt with worked examples -------------------------------------------------------------------------------------
 def worked_examples(problems: list[dict]) -> list[dict]:
-    """Turns of a chat that ask these problems and solve them in the format of the system prompt."""
+    """Turns of a chat that ask these problems and solve them in the format of the default system prompt."""
     turns = []
     for problem in problems:
         steps = problem["answer"].rpartition("####")[0].strip()
@@ -855,9 +877,9 @@ if __name__ == "__main__":
         return encode_with_examples(tokenizer, question, args.system_prompt, examples)
 
     longest = longest_prompt(problems + eval_problems, encode, args.max_new_tokens, context)
-    question_numbers = {}  # rows with the same question share its number in the memories
+    question_ids = {}  # rows with the same question share its integer in the memories
     for problem in problems:
-        question_numbers.setdefault(problem["question"], len(question_numbers))
+        question_ids.setdefault(problem["question"], len(question_ids))
     memories = {}  # {"exploit": of right answers, "explore": of wrong ones}
     if args.intrinsic != "none":
         encoder, encoder_tokenizer = load_encoder(args.embed_model)
@@ -996,9 +1018,10 @@ if __name__ == "__main__":
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         answers = [extract_answer(text, args.answer_mode) for text in texts]
         correct = [is_correct(answer, row["gold"]) for answer, row in zip(answers, batch, strict=True)]
-        if args.compat:  # the same string, with its commas
+        if args.compat:  # compared as strings, commas included
+            answers = [tagged_answer(text) for text in texts]
             golds = [row["answer"].split("####")[-1].strip() for row in batch]
-            correct = [tagged_answer(text) == gold for text, gold in zip(texts, golds, strict=True)]
+            correct = [answer == gold for answer, gold in zip(answers, golds, strict=True)]
         correct = torch.tensor(correct)  # [B]
         formats = torch.tensor([format_rewards(text, args.compat) for text in texts])  # [B, 4]
         terms = {  # {name: [B]}, weighted
@@ -1013,26 +1036,28 @@ if __name__ == "__main__":
             cosine = 0.75 + 0.25 * torch.cos(math.pi * lengths / args.max_new_tokens)  # 1 if short .. 0.5 if longest
             terms["r_cosine"] = args.cosine_coef * torch.where(correct, cosine, -cosine)
         if memories:
+            # without tags the reasoning is the whole completion
             reasonings = [text.split("<reasoning>")[-1].split("</reasoning>")[0].strip() for text in texts]
             asked = questions[:: args.group_size]
             vectors = embed(encoder, encoder_tokenizer, asked + reasonings, args.max_tokens_per_microbatch)
-            keys = vectors[: len(asked)].repeat_interleave(args.group_size, 0)  # [B, d]
-            vectors = vectors[len(asked) :]  # [B, d]
-            numbers = torch.tensor([question_numbers[question] for question in questions])  # [B]
+            keys, vectors = vectors.split([len(asked), len(texts)])
+            keys = keys.repeat_interleave(args.group_size, 0)  # [B, d], as vectors
+            ids = torch.tensor([question_ids[question] for question in questions])  # [B]
             rng = np.random.default_rng([args.seed, step, 2])
         for kind, memory in memories.items():
-            stored = correct if kind == "exploit" else ~correct
-            r = memory_rewards(memory, numbers, keys, vectors, stored, kind, args.memory_mode, args.knn_k)
-            r = r.view(-1, args.group_size)
-            r = torch.where(r.isnan(), r.nanmean(1, keepdim=True), r).nan_to_num()  # nothing to compare with: neutral
+            store = correct if kind == "exploit" else ~correct
+            intrinsic = memory_rewards(memory, ids, keys, vectors, store, kind, args.memory_mode, args.knn_k)
+            intrinsic = intrinsic.view(-1, args.group_size)
+            # nothing to compare with: the mean of the group, or 0 if none of it has a score
+            intrinsic = torch.where(intrinsic.isnan(), intrinsic.nanmean(1, keepdim=True), intrinsic).nan_to_num()
             if kind == "explore" and step <= args.explore_warmup_steps:
-                r = torch.zeros_like(r)
+                intrinsic = torch.zeros_like(intrinsic)
             if args.intrinsic_control != "none":
-                r = placebo(r, correct.view(r.shape), args.intrinsic_control, rng)
+                intrinsic = placebo(intrinsic, correct.view(intrinsic.shape), args.intrinsic_control, rng)
             weight = args.exploit_coef if kind == "exploit" else args.explore_coef
-            terms[f"r_{kind}"] = weight * r.flatten()
+            terms[f"r_{kind}"] = weight * intrinsic.flatten()
         rewards = sum(terms.values())  # [B]
-        rewards = gather(rewards)[0]  # rank 0's: a last bit of difference would part the ranks
+        rewards = gather(rewards)[0]  # rank 0's: ranks may differ in the last bit, and must train on the same rewards
         if not rewards.isfinite().all():
             sys.exit(f"error: a reward of step {step} is not finite: the policy gives NaN or infinity; lower --lr.")
         t2 = time.perf_counter()
@@ -1140,7 +1165,7 @@ if __name__ == "__main__":
             if len(memory.window):
                 metrics[f"memory_bank/{kind}_score"] = memory.window.mean().item()
             metrics[f"memory_bank/{kind}_questions"] = len(memory.entries)
-            metrics[f"memory_bank/{kind}_answers"] = sum(len(e["answers"]) for e in memory.entries.values())
+            metrics[f"memory_bank/{kind}_answers"] = sum(len(e["ids"]) for e in memory.entries.values())
         log({"step": step, "global_step": step * len(batch)} | metrics)
         records = []
         for i in range(args.group_size):  # the first question's whole group

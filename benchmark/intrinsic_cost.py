@@ -82,7 +82,7 @@ for k in (1, 10, 20):
 
         lookup[k, mode], *spread = seconds(both, 5)
         print(f"both memories, K = {k:2}, {mode:10} {lookup[k, mode]:8.3f} s  [{spread[0]:.3f}, {spread[1]:.3f}]")
-vectors = sum(len(entry["answers"]) + 1 for memory in memories.values() for entry in memory.entries.values())
+vectors = sum(len(entry["ids"]) + 1 for memory in memories.values() for entry in memory.entries.values())
 print(f"memory: {vectors:,} vectors, {vectors * DIMENSION * 4 / 1e6:.0f} MB")
 with tempfile.TemporaryDirectory() as folder:
     checkpoint = Path(folder) / "step_000001"

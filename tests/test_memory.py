@@ -7,6 +7,7 @@ tested in test_logprobs.py, test_engine.py and test_resume.py.
 
 import collections
 import json
+import math
 import random
 import re
 import shutil
@@ -113,8 +114,8 @@ def test_eviction_keeps_keys_and_answers_together():
         store(bank, i, keys[i], answer)
     assert list(bank.entries) == list(added) and bank.index.ntotal == 7
     for question, newest in added.items():
-        numbers, answers = bank.read(keys[question], 1)
-        assert numbers.tolist() == [step for step, _ in newest]  # numbered as they came
+        ids, answers = bank.read(keys[question], 1)
+        assert ids.tolist() == [step for step, _ in newest]  # counted as they came
         assert torch.equal(answers, torch.stack([answer for _, answer in newest]))
         assert torch.equal(bank.entries[question]["key"], keys[question])
 
@@ -123,7 +124,7 @@ def test_eviction_keeps_keys_and_answers_together():
 def test_nearest_equals_brute_force(k):
     bank, keys = memory(d=16, max_keys=30), random_units(40, 16, 0)
     for i, key in enumerate(keys):
-        store(bank, i, key, key)  # so that the answer's number is the question
+        store(bank, i, key, key)  # so that the answer's id is the question
     for query in random_units(20, 16, 1):
         order = (keys[10:] @ query).argsort(descending=True)[:k]  # the first ten made room
         assert bank.read(query, k)[0].tolist() == [10 + i for i in order.tolist()]
@@ -174,33 +175,53 @@ def scores_of(bank, questions, keys, answers, stored, kind, mode, k=1):
 @pytest.mark.parametrize("kind", ["exploit", "explore"])
 @pytest.mark.parametrize("k", [1, 3])
 def test_scores_by_definition(kind, mode, k):
-    """d and n by brute force from the definition, over steps of some questions with two to six answers each."""
+    """Distance and novelty by brute force, over steps of some questions with two to six answers each."""
     keys, bank, stored_so_far = random_units(5, 8, 0), memory(), []  # [(question, answer)]
     for step in range(4):
         questions = [i for i in range(5) if (i + step) % 2 for _ in range(2 + (i + step) % 5)]
         answers = random_units(len(questions), 8, 10 + step)
         stored = [(i * 7 + step) % 3 > 0 for i in range(len(questions))]
         now = [(q, a) for q, a, s in zip(questions, answers, stored) if s]
-        expected = []
-        for i, (q, a) in enumerate(zip(questions, answers)):
-            if mode == "past":
-                seen = stored_so_far
-            elif mode == "loo":
-                mine = sum(stored[:i])  # position of i among the stored ones
-                seen = stored_so_far + [pair for j, pair in enumerate(now) if not (stored[i] and j == mine)]
-                present = {p for p, _ in stored_so_far + now}
-            else:
-                seen = stored_so_far + now[: sum(stored[: i + 1])]
-            present = present if mode == "loo" else {p for p, _ in seen}  # loo: questions stay, a itself goes
+
+        def score(q, a, seen, present):
             near = sorted(present, key=lambda p: -(keys[p] @ keys[q]).item())[:k]
             others = [b for p, b in seen if p in near]
-            if others:
-                others = torch.stack(others)
-                d, n = (a - others.mean(0)).norm().item(), 1 - (others @ a).max().item()
-                expected.append(d if kind == "exploit" else n)
+            if not others:
+                return math.nan
+            others = torch.stack(others)
+            return (a - others.mean(0)).norm().item() if kind == "exploit" else 1 - (others @ a).max().item()
+
+        expected = []
+        for i, (q, a) in enumerate(zip(questions, answers)):
+            seen = stored_so_far + (
+                now if mode == "loo" else now[: sum(stored[: i + 1])] if mode == "sequential" else []
+            )
+            present, out = {p for p, _ in seen}, [None]
+            if mode == "loo":  # a itself goes; if a is not stored, each of the group's stored answers in turn
+                out = [a] if stored[i] else [b for p, b in now if p == q] or [None]
+            turns = [[(p, b) for p, b in seen if gone is None or not torch.equal(b, gone)] for gone in out]
+            expected.append(np.mean([score(q, a, turn, present) for turn in turns]))
+        expected = [value for value in expected if not math.isnan(value)]
         found, _ = scores_of(bank, questions, keys[questions], answers, stored, kind, mode, k)
         assert found == pytest.approx(expected, abs=1e-5) and (expected or mode == "past" and step == 0)
         stored_so_far += now
+
+
+@pytest.mark.parametrize("mode", ["loo", "past"])
+@pytest.mark.parametrize("kind", ["exploit", "explore"])
+def test_being_right_by_chance_pays_nothing(kind, mode):
+    """Who is stored meets as many answers as the others do; if it met one fewer, being right would cost."""
+    rng, gaps = np.random.default_rng(0), []
+    for group in range(1500):
+        bank = memory()
+        vectors = torch.randn(9, 8, generator=torch.Generator().manual_seed(group)) + 1.5
+        past, answers = torch.nn.functional.normalize(vectors, dim=1).split([1, 8])
+        for answer in past:
+            store(bank, 0, KEY, answer)
+        stored = torch.tensor(rng.permutation(8) < 3)
+        rewards = memory_rewards(bank, torch.zeros(8).long(), KEY.expand(8, -1), answers, stored, kind, mode, 1)
+        gaps.append((rewards[stored].mean() - rewards[~stored].mean()).item())
+    assert abs(np.mean(gaps)) < 3 * np.std(gaps) / 1500**0.5
 
 
 def test_no_answer_meets_itself():
@@ -248,7 +269,7 @@ def test_questions_of_one_batch_are_kept_apart():
     scores, _ = scores_of(
         bank, [0, 0, 1, 1], torch.stack([KEY, KEY, OTHER, OTHER]), answers, [True] * 4, "explore", "loo"
     )
-    assert {q: len(entry["answers"]) for q, entry in bank.entries.items()} == {0: 2, 1: 2}
+    assert {q: len(entry["vectors"]) for q, entry in bank.entries.items()} == {0: 2, 1: 2}
     assert scores[2] == pytest.approx(1 - (answers[2] @ answers[3]).item(), abs=1e-6)
 
 
@@ -264,7 +285,7 @@ def test_a_question_is_told_by_its_number():
     bank = memory()
     store(bank, 3, KEY, OTHER)
     store(bank, 3, KEY + 1e-7, KEY)
-    assert len(bank.entries) == bank.index.ntotal == 1 and len(bank.entries[3]["answers"]) == 2
+    assert len(bank.entries) == bank.index.ntotal == 1 and len(bank.entries[3]["vectors"]) == 2
 
 
 def test_scaling():
