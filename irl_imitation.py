@@ -11,9 +11,10 @@ of a state changes no probability. Imitation as inverse RL keeps them small, whi
     loss = mean over the demonstrations' tokens of  -log pi(a|s) + lambda_td r(s, a)^2                     (equation 14)
 
 --online-alpha adds the model's own samples. The controls: --lambda-td 0 is MLE, plain supervised fine-tuning, and
---lambda-td 0 --entropy-coef 0.1 is MLE with an entropy bonus. Each evaluation writes the rewards of all tokens.
+--lambda-td 0 --entropy-coef 0.1 is MLE with an entropy bonus. Each evaluation writes the reward of every token of the
+held-out demonstrations and of the samples to rewards.jsonl.
 
-Left out: the paper's GAIL, several demonstrations in a row, 4-bit weights, mixture-of-experts models.
+Left out: the paper's GAIL, packing of several demonstrations into one row, 4-bit weights, mixture-of-experts models.
 
     python irl_imitation.py --model-name Qwen/Qwen2.5-1.5B                # LoRA, one GPU
     torchrun --nproc-per-node 8 irl_imitation.py --lora-r 0 --lr 1e-5     # all weights, eight GPUs, FSDP2
@@ -70,6 +71,7 @@ from eval_gsm8k import (
     load_tokenizer,
     longest_prompt,
     plain_error,
+    to_number,
 )
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
@@ -96,23 +98,29 @@ class Args:
     lora_alpha: int = 32  # LoRA scale: W + (lora_alpha / lora_r) B A
     # data
     dataset: str = "openai/gsm8k"  # hub id, or a .jsonl with `question` and `answer` ("... #### 72")
-    eval_dataset: str = ""  # questions to sample on: a .jsonl or a hub id, its test split (empty: the held-out tenth)
+    eval_dataset: str = (
+        ""  # questions of evaluations: a .jsonl, or a hub id (its test split); empty: the held-out tenth
+    )
     max_train_rows: int = 0  # train on the first so many demonstrations, the same for every seed; 0: all
     template: str = "QUESTION: {question}\n\nSOLUTION:"  # the prompt; " " and the answer follow (empty: chat template)
     system_prompt: str = ""  # of the chat template, with --template ""; empty: none
-    max_new_tokens: int = 500  # longest answer in tokens; a longer demonstration is cut, and has no end then
+    max_new_tokens: int = 500  # longest answer in tokens; a longer demonstration is cut and has no end token then
     # inverse RL
-    lambda_td: float = 0.1  # weight of the mean squared reward; 0 is MLE, the control; more flattens the policy
+    lambda_td: float = 0.1  # weight of the mean squared reward; 0 is MLE, the control; a larger one flattens the policy
     gamma: float = 1.0  # discount of V(s') in the reward; at 1 the rewards of an answer sum to log pi + V(prompt)
     mle_steps_before_irl: int = 0  # so many steps of MLE come first, without squared rewards and own samples
-    value_shift: float | Literal["auto"] = "auto"  # taken off all Q and V; auto: the start's mean Q of the end token
-    terminal_value: float = 0.0  # V behind the end token, after the shift
-    td_detach_next: bool = False  # no gradient through V(s') in the square: semi-gradient, an ablation
-    online_alpha: float = 0.0  # share of own samples in the value terms, see imitation_loss; below 1
-    entropy_coef: float = 0.0  # weight of the entropy at the demonstrations' tokens, which is maximised
-    lambda_kl: float = 0.0  # weight of KL(policy || start) there, exact over the vocabulary
+    value_shift: float | Literal["auto"] = (
+        "auto"  # subtracted from all Q and V; auto: the loaded model's mean Q of end tokens
+    )
+    online_alpha: float = (
+        0.0  # weight of own samples in V - gamma V' and in the squared reward, see imitation_loss; below 1
+    )
+    entropy_coef: float = 0.0  # weight of an entropy bonus on the demonstrations' tokens
+    lambda_kl: float = 0.0  # weight of KL(policy || loaded model) on the same tokens, exact over the vocabulary
     # optimizer
-    num_train_epochs: int = 3  # passes over the demonstrations; 0 evaluates only
+    num_train_epochs: int = (
+        3  # passes over the demonstrations, each without the rest that fills no batch; 0 evaluates only
+    )
     batch_size: int = 64  # demonstrations in a step
     lr: float = 1e-4  # peak; 1e-4 suits LoRA and small models, 1e-5 all weights of a large one
     lr_schedule: Literal["cosine", "constant"] = "cosine"  # decay to zero after the warm-up, or none
@@ -134,56 +142,56 @@ class Args:
 
 
 # ---- Reward and loss -------------------------------------------------------------------------------------------------
-def token_rewards(values, chosen, lengths, terminal, args) -> torch.Tensor:
+def token_rewards(values, q_values, lengths, terminal, gamma: float) -> torch.Tensor:
     """r_t = Q_t - gamma V_t+1 of every token, [B, C], 0 after an answer's end.
 
-    values [B, C + 1] and chosen [B, C]: V and Q, see ValuePolicy.forward; lengths, terminal [B]: an answer's tokens,
-    and whether it ends by itself. Behind an end token V is terminal_value; where the length limit has cut an answer it
-    is the model's own V. If gamma is 1 and an answer ends, its rewards sum to log pi + V(prompt) - terminal_value: of
-    the answers to one question they rank just as log pi does.
+    values [B, C + 1] and q_values [B, C]: V and Q, see ValuePolicy.forward; lengths, terminal [B]: an answer's tokens,
+    and whether it ends by itself. Behind an end token V is 0; where the length limit has cut an answer it is the
+    model's own V. If gamma is 1 and an answer ends, its rewards sum to log pi + V(prompt). So among the answers to one
+    question that end, the sums rank as log pi does.
     """
-    position = torch.arange(chosen.shape[1], device=chosen.device)
-    end = terminal[:, None] & (position == lengths[:, None] - 1)
-    rewards = chosen - args.gamma * values[:, 1:].masked_fill(end, args.terminal_value)
+    position = torch.arange(q_values.shape[1], device=q_values.device)
+    end = terminal[:, None] & (position == lengths[:, None] - 1)  # [B, C], True at the end token
+    rewards = q_values - gamma * values[:, 1:].masked_fill(end, 0.0)
     return rewards.masked_fill(position >= lengths[:, None], 0.0)
 
 
-def imitation_loss(values, chosen, entropy, kl, lengths, terminal, online, tokens, args, shift: float):
+def imitation_loss(
+    values, q_values, entropy, kl, lengths, terminal, is_own, demo_tokens: int, own_tokens: int, args, shift: float
+):
     """The micro-batch's share of the step's loss, and sums over its demonstrations' tokens for the log.
 
-    values [B, C + 1]; chosen, entropy, kl [B, C]: see ValuePolicy.forward; lengths, terminal [B]: see token_rewards;
-    online [B]: the model's own answers. tokens: how many the demonstrations and the own answers of the whole step have,
-    over which E_demo and E_own are means; so shares add up to the loss of the step however it is split. `shift` is
-    taken off all Q and V. With a = online_alpha and D = V - gamma V':
+    values [B, C + 1]; q_values, entropy, kl [B, C]: see ValuePolicy.forward; lengths, terminal [B]: see token_rewards;
+    is_own [B]: True for the model's own samples. demo_tokens and own_tokens count the tokens of the whole step, on all
+    ranks; E_demo and E_own divide by them. So the shares of all micro-batches add up to the loss of the step. `shift`
+    is subtracted from all Q and V. With a = online_alpha and D = V - gamma V':
 
         E_demo[-log pi + lambda_kl KL - entropy_coef H] + lambda_td {(1 - a) E_demo[r^2] + a E_own[r^2]}
             + a {E_own[D] - E_demo[D]}
 
     That is IQ-Learn's -E_demo[r] + E_mix[D] + lambda_td E_mix[r^2] over the mixture (1 - a) demo + a own; for a = 0 it
-    is the paper's equation 14 (IQ-Learn's 12). Without the entropy bonus it is at least -a / (4 lambda_td (1 - a)).
-    Gradients flow through V', as in IQ-Learn; with td_detach_next not in r^2.
+    is the paper's equation 14 (IQ-Learn's 12). Without an entropy bonus it is never below -a / (4 lambda_td (1 - a)).
+    Gradients flow through V', as in IQ-Learn.
     """
-    values, chosen = values.double() - shift, chosen.double() - shift
-    log_pi = chosen - values[:, :-1]
-    rewards = token_rewards(values, chosen, lengths, terminal, args)
+    values, q_values = values.double() - shift, q_values.double() - shift
+    log_pi = q_values - values[:, :-1]
+    rewards = token_rewards(values, q_values, lengths, terminal, args.gamma)
     difference = rewards - log_pi  # D
-    if args.td_detach_next:
-        rewards = token_rewards(values.detach(), chosen, lengths, terminal, args)
 
-    position = torch.arange(chosen.shape[1], device=chosen.device)
+    position = torch.arange(q_values.shape[1], device=q_values.device)
     mask = position < lengths[:, None]  # [B, C]
-    is_demo, is_own = mask & ~online[:, None], mask & online[:, None]
-    demo = is_demo.double() / tokens[0]  # a token's weight in E_demo
-    own = is_own.double() / max(1, tokens[1])
+    demo_mask, own_mask = mask & ~is_own[:, None], mask & is_own[:, None]
+    demo_weight = demo_mask.double() / demo_tokens  # of a token in E_demo
+    own_weight = own_mask.double() / max(1, own_tokens)
     alpha = args.online_alpha
-    per_token = demo * (args.lambda_kl * kl - args.entropy_coef * entropy - log_pi)
-    per_token = per_token + args.lambda_td * ((1 - alpha) * demo + alpha * own) * rewards**2
-    per_token = per_token + alpha * (own - demo) * difference
+    per_token = demo_weight * (args.lambda_kl * kl - args.entropy_coef * entropy - log_pi)
+    per_token = per_token + args.lambda_td * ((1 - alpha) * demo_weight + alpha * own_weight) * rewards**2
+    per_token = per_token + alpha * (own_weight - demo_weight) * difference
 
     end = terminal[:, None] & (position == lengths[:, None] - 1)
-    shown = {"losses/mle": -log_pi, "losses/td": rewards**2, "losses/kl": kl, "irl/entropy": entropy}
-    shown |= {"irl/reward": rewards, "irl/value": values[:, :-1] + shift, "irl/td_terminal": end * rewards**2}
-    return per_token.sum(), {name: (is_demo * value.detach()).sum() for name, value in shown.items()}
+    logged = {"losses/mle": -log_pi, "losses/td": rewards**2, "losses/kl": kl, "irl/entropy": entropy}
+    logged |= {"irl/reward": rewards, "irl/value": values[:, :-1] + shift, "irl/td_terminal": end * rewards**2}
+    return per_token.sum(), {name: (demo_mask * value.detach()).sum() for name, value in logged.items()}
 
 
 # ---- Policy and log-probabilities ------------------------------------------------------------------------------------
@@ -270,57 +278,62 @@ class ValuePolicy(nn.Module):
         prompt_lens,
         completion_lens,
         terminal,
-        start_head=None,
-        start_hidden=None,
+        reference_head=None,
+        reference_hidden=None,
         train_entropy=False,
         states_only=False,
     ):
-        """V [B, C + 1], and Q, entropy and KL(policy || start) [B, C], in fp32 and nats, 0 after a completion's end.
+        """V [B, C + 1], and Q, entropy and KL(policy || reference) [B, C], in nats and fp32, 0 after the end.
 
-        V is that of the state before each completion token, and of the state behind the last one unless that is an end
-        token. ids [B, T]: prompt + completion, right-padded (attention is causal: pads to the right change nothing, and
-        no mask is needed); terminal [B]: whether the completion ends by itself. The entropy has a gradient only with
-        train_entropy. The KL needs the start's head and its hidden states [n, H], which states_only returns. Only the
-        states named reach the head, HEAD_CHUNK at a time, and the backward pass recomputes their logits: there never
-        is a [B, T, vocabulary].
+        V belongs to the state before each completion token. If the completion was cut, the last V belongs to the state
+        behind its last token; if it ended by itself, that V is 0. ids [B, T]: prompt + completion, right-padded
+        (attention is causal: pads to the right change nothing, and no mask is needed); terminal [B]: whether the
+        completion ends by itself. The entropy has a gradient only with train_entropy. With states_only the hidden
+        states [n, H] are returned, and nothing else: the KL needs those of the reference, and its head. Only the states
+        named reach the head, HEAD_CHUNK at a time, and the backward pass recomputes their logits: there never is a
+        [B, T, vocabulary].
         """
         position = torch.arange(ids.shape[1], device=ids.device)
         ends = (prompt_lens + completion_lens - terminal.long())[:, None]
-        states = (position >= prompt_lens[:, None] - 1) & (position < ends)  # [B, T]
+        is_state = (position >= prompt_lens[:, None] - 1) & (position < ends)  # [B, T]
         # Autocast caches bf16 copies of weights. FSDP frees a weight after use, so no copy may stay.
         with torch.autocast("cuda", torch.bfloat16, DEVICE.type == "cuda", cache_enabled=WORLD_SIZE == 1):
-            hidden = self.base.base_model(input_ids=ids, use_cache=False).last_hidden_state[states]  # [n, H]
+            hidden = self.base.base_model(input_ids=ids, use_cache=False).last_hidden_state[is_state]  # [n, H]
             if states_only:
                 return hidden
-            columns = [hidden, ids.roll(-1, 1)[states]]  # states, and the tokens that follow them
-            if start_hidden is not None:
-                columns.append(start_hidden)
-            numbers = []
-            for chunk in zip(*[column.split(HEAD_CHUNK) for column in columns], strict=True):
-                inputs = (train_entropy, start_head, *chunk)
-                numbers.append(checkpoint(self.head, *inputs, use_reentrant=False, preserve_rng_state=False))
+            actions = ids.roll(-1, 1)[
+                is_state
+            ]  # the token after each state; meaningless behind a cut, and masked below
+            inputs = [hidden, actions]
+            if reference_hidden is not None:
+                inputs.append(reference_hidden)
+            outputs = []
+            for chunk in zip(*[tensor.split(HEAD_CHUNK) for tensor in inputs], strict=True):
+                arguments = (train_entropy, reference_head, *chunk)
+                outputs.append(checkpoint(self.head, *arguments, use_reentrant=False, preserve_rng_state=False))
 
         position = torch.arange(int(completion_lens.max()) + 1, device=ids.device)
-        reached = position < (completion_lens + 1 - terminal.long())[:, None]  # [B, C + 1]
-        table = torch.zeros((*reached.shape, 4), device=ids.device)
-        values, *others = table.masked_scatter(reached[:, :, None], torch.cat(numbers)).unbind(-1)
-        mask = position[:-1] < completion_lens[:, None]  # [B, C]
-        return values, *[other[:, :-1].masked_fill(~mask, 0.0) for other in others]
+        has_value = position < (completion_lens + 1 - terminal.long())[:, None]  # [B, C + 1]
+        padded = torch.zeros((*has_value.shape, 4), device=ids.device)
+        values, q_values, entropy, kl = padded.masked_scatter(has_value[:, :, None], torch.cat(outputs)).unbind(-1)
+        after = position[:-1] >= completion_lens[:, None]  # [B, C]
+        q_values, entropy, kl = (tensor[:, :-1].masked_fill(after, 0.0) for tensor in (q_values, entropy, kl))
+        return values, q_values, entropy, kl
 
-    def head(self, train_entropy, start_head, hidden, actions, start_hidden=None):
+    def head(self, train_entropy, reference_head, hidden, actions, reference_hidden=None):
         """V, Q, entropy, KL, [n, 4], at hidden states [n, H]; formed in fp32, as bf16 is wrong in the third digit."""
         logits = self.base.get_output_embeddings()(hidden).float()  # [n, vocabulary]
         values = logits.logsumexp(-1)
-        chosen = logits.gather(-1, actions[:, None])[:, 0]
+        q_values = logits.gather(-1, actions[:, None])[:, 0]
         logps = logits - values[:, None]
         with torch.set_grad_enabled(train_entropy):
             entropy = -(logps.exp() * logps).sum(-1)
         kl = torch.zeros_like(values)
-        if start_hidden is not None:
+        if reference_hidden is not None:
             with torch.no_grad():
-                start_logps = start_head(start_hidden).float().log_softmax(-1)
-            kl = (logps.exp() * (logps - start_logps)).sum(-1)
-        return torch.stack([values, chosen, entropy, kl], dim=-1)
+                reference_logps = reference_head(reference_hidden).float().log_softmax(-1)
+            kl = (logps.exp() * (logps - reference_logps)).sum(-1)
+        return torch.stack([values, q_values, entropy, kl], dim=-1)
 
     def merged_weights(self):
         """(name, tensor) of every weight, whole, under its Hugging Face name; LoRA as W + (alpha / r) B A, in fp32.
@@ -338,22 +351,23 @@ class ValuePolicy(nn.Module):
 
 @torch.no_grad()
 def score_answers(policy, rows: list[dict], args, pad_id: int, shift: float) -> list[dict]:
-    """The rows {"prompt", "tokens", "terminal"}, and with each what the policy says of its n tokens.
+    """The rows {"prompt", "tokens", "terminal"}, and with each what the policy says of its answer.
 
-    "rewards", "log_pis", "entropies" [n], their sums and means "sum", "mean", "log_pi", "mean_log_pi", and "v0", the V
-    of the prompt; `shift` is taken off all Q and V.
+    Added: "rewards", "log_pis", "entropies", one number a token; "sum" and "mean" of the rewards; "log_pi" and
+    "mean_log_pi", sum and mean of the log-probabilities; "v0", V of the prompt. `shift` is subtracted from all Q and V.
     """
     scored = {}
-    lengths = [len(row["prompt"]) + len(row["tokens"]) for row in rows]
-    for micro in micro_batches(lengths, args.max_tokens_per_microbatch):
-        inputs = pad_rows([rows[i] for i in micro], pad_id)
-        values, chosen, entropy, _ = policy(*inputs)
-        values, chosen = values.double() - shift, chosen.double() - shift
-        rewards = token_rewards(values, chosen, *inputs[2:], args)
-        table = torch.stack([rewards, chosen - values[:, :-1], entropy]).cpu().numpy()  # [3, B, C]
+    totals = [len(row["prompt"]) + len(row["tokens"]) for row in rows]
+    for micro in micro_batches(totals, args.max_tokens_per_microbatch):
+        ids, prompt_lens, lengths, terminal = pad_rows([rows[i] for i in micro], pad_id)
+        values, q_values, entropy, _ = policy(ids, prompt_lens, lengths, terminal)
+        values, q_values = values.double() - shift, q_values.double() - shift
+        rewards = token_rewards(values, q_values, lengths, terminal, args.gamma)
+        figures = torch.stack([rewards, q_values - values[:, :-1], entropy]).cpu().numpy()  # [3, B, C]
+        first_values = values[:, 0].tolist()
         for k, i in enumerate(micro):
-            rewards, log_pis, entropies = table[:, k, : len(rows[i]["tokens"])]
-            scores = {"sum": rewards.sum(), "mean": rewards.mean(), "v0": values[k, 0].item()}
+            rewards, log_pis, entropies = figures[:, k, : len(rows[i]["tokens"])]
+            scores = {"sum": rewards.sum(), "mean": rewards.mean(), "v0": first_values[k]}
             scores |= {"log_pi": log_pis.sum(), "mean_log_pi": log_pis.mean()}
             scores |= {"rewards": rewards.tolist(), "log_pis": log_pis.tolist(), "entropies": entropies.tolist()}
             scored[i] = rows[i] | scores
@@ -494,9 +508,10 @@ def self_bleu(texts: list[str], num_samples: int) -> float:
 def answer_figures(held_out: list[dict], samples: list[dict], num_samples: int) -> dict[str, float]:
     """Means over the tokens of rows of score_answers, and how well their scores tell right samples from wrong ones.
 
-    {score}_spearman: rank correlation with correctness over all samples. Within a question, means over questions:
-    {score}_auroc: chance that a right sample scores above a wrong one; {score}_best_of: accuracy of its best sample.
-    Ties count half. The num_samples of a question stand side by side.
+    {score}_spearman: rank correlation with correctness over all samples. {score}_best_of: accuracy of each question's
+    best sample, the mean of the best where several tie. {score}_auroc: chance that a right sample scores above a wrong
+    one of its question, ties half; mean over the questions that have both. The num_samples of a question stand side by
+    side.
     """
     from scipy.stats import mannwhitneyu, spearmanr
 
@@ -514,9 +529,9 @@ def answer_figures(held_out: list[dict], samples: list[dict], num_samples: int) 
         if correct.any() and not correct.all():
             figures[f"reward/{name}_spearman"] = spearmanr(scores, correct, axis=None).statistic
         aurocs = []
-        for own, right in zip(scores, correct, strict=True):
+        for question_scores, right in zip(scores, correct, strict=True):
             if right.any() and not right.all():
-                u = mannwhitneyu(own[right], own[~right], method="asymptotic").statistic
+                u = mannwhitneyu(question_scores[right], question_scores[~right], method="asymptotic").statistic
                 aurocs.append(u / (right.sum() * (~right).sum()))
         if aurocs:
             figures[f"reward/{name}_auroc"] = np.mean(aurocs)
@@ -542,9 +557,10 @@ def arithmetic(node: ast.AST) -> Fraction:
 
 
 def with_calculation(text: str) -> str | None:
-    """`text` up to its first "<<48/2=" that its value does not follow, and "24>>"; None: all are as they should be.
+    """The text up to its first "<<48/2=" with a wrong or missing value, and then the right one: "<<48/2=24>>".
 
-    Python's parser reads the expression, and `arithmetic` computes it: nothing is ever evaluated as code.
+    None if there is no such place. Python's parser reads the expression, and `arithmetic` computes it: nothing is ever
+    evaluated as code. What is no expression of numbers and + - * / ( ) stays as it is.
     """
     for match in re.finditer(r"<<([0-9*+\-/.(), ]{1,100})=", text):
         try:
@@ -552,27 +568,34 @@ def with_calculation(text: str) -> str | None:
         except (SyntaxError, ValueError, ZeroDivisionError):
             continue
         number = str(value) if value.denominator == 1 else f"{float(value):.10g}"
-        if not text.startswith(f"{number}>>", match.end()):
+        written, closed, _ = text[match.end() :].partition(">>")
+        if not closed or to_number(written) not in (value, Fraction(number)):  # number is rounded: 10/3
             return f"{text[: match.end()]}{number}>>"
     return None
 
 
 def sample_with_calculator(llm, tokenizer, max_new_tokens: int, prompts: list[list[int]]) -> list[dict]:
-    """Greedy completions with the true value behind every "<<48/2=": cut at the first wrong one, mended, sampled on."""
+    """Greedy completions with a calculator.
+
+    Each is cut behind its first "<<48/2=" with a wrong or missing value, the right value is put in, and the rest is
+    sampled anew, until none is wrong or the answer is at its limit.
+    """
     begun = [[] for _ in prompts]
     completions = [{} for _ in prompts]
     unfinished = list(range(len(prompts)))
-    while unfinished:
+    for _ in range(max_new_tokens):
         asked = [prompts[i] + begun[i] for i in unfinished]
         samples = sample(llm, asked, 1, 0.0, max_new_tokens, [0])
-        mended = []
+        still_wrong = []
         for i, answer in zip(unfinished, samples, strict=True):
             completions[i] = answer | {"tokens": (begun[i] + answer["tokens"])[:max_new_tokens]}
             text = with_calculation(tokenizer.decode(completions[i]["tokens"], skip_special_tokens=True))
             begun[i] = tokenizer(text or "", add_special_tokens=False)["input_ids"]
             if 0 < len(begun[i]) < max_new_tokens:
-                mended.append(i)
-        unfinished = mended
+                still_wrong.append(i)
+        unfinished = still_wrong
+        if not unfinished:
+            break
     return completions
 
 
@@ -719,7 +742,7 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
 
     positive = "max_new_tokens batch_size eps max_grad_norm max_tokens_per_microbatch eval_every save_every"
-    check_arguments(args, positive, signed="value_shift terminal_value")
+    check_arguments(args, positive, signed="value_shift")
     if args.gamma > 1 or args.online_alpha >= 1 or args.eval_samples < 2:
         sys.exit("error: --gamma must be at most 1, --online-alpha below 1, and --eval-samples at least 2.")
     if args.online_alpha and not args.lambda_td:
@@ -731,22 +754,25 @@ if __name__ == "__main__":
 
     # data: a tenth is held out, the rows that train_test_split(test_size=0.1, seed=42) of datasets chooses
     problems = load_split(args.dataset, "train")
-    order = np.random.default_rng(42).permutation(len(problems))
+    split_order = np.random.default_rng(42).permutation(len(problems))
     tenth = math.ceil(0.1 * len(problems))
-    held_out = [problems[i] for i in order[:tenth]]
-    problems = [problems[i] for i in order[tenth:]][: args.max_train_rows or None]
+    held_out = [problems[i] for i in split_order[:tenth]]
+    problems = [problems[i] for i in split_order[tenth:]][: args.max_train_rows or None]
     eval_problems = load_split(args.eval_dataset, "test") if args.eval_dataset else held_out
     eval_problems = eval_problems[: args.eval_size or None]
     steps_per_epoch = len(problems) // args.batch_size
     num_steps = args.num_train_epochs * steps_per_epoch
     if args.num_train_epochs and not num_steps:
-        sys.exit(f"error: {args.dataset} leaves {len(problems)} demonstrations, too few for a step; add rows.")
+        sys.exit(
+            f"error: {args.dataset} leaves {len(problems)} demonstrations, fewer than --batch-size {args.batch_size}; "
+            "lower it, or add rows."
+        )
     tokenizer, context = load_tokenizer(args.model_name, None if args.template else args.system_prompt)
     check_model(args.model_name)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @functools.lru_cache(maxsize=8192)
-    def encode(question, z=None):  # token ids of the prompt; z is for other scripts
+    def encode(question, z=None):  # token ids of the prompt; z: evaluate's skill, there is none here
         if args.template:
             return tokenizer(args.template.replace("{question}", question))["input_ids"]
         return encode_prompt(tokenizer, question, args.system_prompt)
@@ -822,7 +848,7 @@ if __name__ == "__main__":
         with open(metrics_path, "ab") as file:
             file.truncate(state["metrics_bytes"])
     signals = []
-    for signum in (signal.SIGTERM, signal.SIGUSR1):
+    for signum in (signal.SIGTERM, signal.SIGUSR1) if num_steps else ():  # an evaluation alone has nothing to save
         signal.signal(signum, lambda signum, frame: signals.append(signum))
 
     def write(path, records, mode="a"):
@@ -847,7 +873,7 @@ if __name__ == "__main__":
             answer |= {"prompt": prompt, "terminal": answer["finish_reason"] == "stop"}
         return samples
 
-    def self_check(step, rows):  # stale weights, another temperature or another prompt show here
+    def self_check(step, rows):  # rows: own samples at temperature 1; ends the run if trainer and vLLM disagree
         scored = score_answers(policy, rows, args, pad_id, 0.0)
         gaps = [np.subtract(row["log_pis"], row["logps"]) for row in scored]
         logp_diff = float(np.abs(np.concatenate(gaps)).mean())
@@ -869,13 +895,13 @@ if __name__ == "__main__":
 
         figures, rows = evaluate(generate, tokenizer, eval_problems, encode, args.eval_samples, "strict")
         write(run_dir / "completions.jsonl", rows, mode="w")  # of the newest evaluation, for eval_gsm8k.py --compare
-        most_likely = functools.partial(generate, temperature=0.0)
-        greedy, _ = evaluate(most_likely, tokenizer, eval_problems, encode, answer_mode="strict")
+        greedy_generate = functools.partial(generate, temperature=0.0)
+        greedy, _ = evaluate(greedy_generate, tokenizer, eval_problems, encode, answer_mode="strict")
         figures["greedy"] = greedy["pass@1"]
         if args.calculator:
             calculate = functools.partial(sample_with_calculator, llm, tokenizer, args.max_new_tokens)
-            mended, _ = evaluate(calculate, tokenizer, eval_problems, encode, answer_mode="strict")
-            figures["calculator"] = mended["pass@1"]
+            calculated, _ = evaluate(calculate, tokenizer, eval_problems, encode, answer_mode="strict")
+            figures["calculator"] = calculated["pass@1"]
         figures["self_bleu"] = self_bleu([row["completion"] for row in rows], args.eval_samples)
         record = {"step": step, "irl/shift": state["shift"]} | {f"eval/{name}": x for name, x in figures.items()}
         prompts = [encode(problem["question"]) for problem in eval_problems[:16]]
@@ -888,13 +914,13 @@ if __name__ == "__main__":
         record |= answer_figures(scored[: len(validation)], scored[len(validation) :], args.eval_samples)
         log(record | {"time/eval": time.perf_counter() - t0})
 
-    # The level of the logits is arbitrary, but the reward of an end token is its Q itself. That may be 5 or 30, and its
-    # square would drown all others. So the start's mean Q of end tokens is taken off all Q and V.
+    # The level of the logits is arbitrary. At gamma 1 it cancels in Q - V', but not at an end token, whose reward is Q
+    # alone: 5 or 30, and its square would drown all others. So the mean Q of end tokens at the start is subtracted.
     if state["shift"] is None:
         state["shift"] = args.value_shift
         if args.value_shift == "auto":
             ended = [row for row in demonstrations if row["terminal"]][:256]
-            scored = score_answers(policy, ended, replace(args, terminal_value=0.0), pad_id, 0.0)
+            scored = score_answers(policy, ended, args, pad_id, 0.0)
             state["shift"] = float(np.mean([row["rewards"][-1] for row in scored])) if ended else 0.0
 
     sync_weights(llm, policy)
@@ -915,19 +941,19 @@ if __name__ == "__main__":
 
         # rollout: the demonstrations, and with online_alpha the model's own answers to their questions
         epoch, position = divmod(step - 1, steps_per_epoch)
-        order = np.random.default_rng([args.seed, epoch]).permutation(len(demonstrations))
-        chosen = order[position * args.batch_size :][: args.batch_size]
+        epoch_order = np.random.default_rng([args.seed, epoch]).permutation(len(demonstrations))
+        chosen = epoch_order[position * args.batch_size :][: args.batch_size]
         batch = [demonstrations[i] for i in chosen]
         step_args = args if step > args.mle_steps_before_irl else mle_args
-        own, metrics = [], {}
+        own_rows, metrics = [], {}
         if step_args.online_alpha:
-            own = own_answers([row["prompt"] for row in batch], [args.seed, step, 0])
-            metrics["rollout/logp_diff"] = self_check(step, own[:16])
+            own_rows = own_answers([row["prompt"] for row in batch], [args.seed, step, 0])
+            metrics["rollout/logp_diff"] = self_check(step, own_rows[:16])
         if DEVICE.type == "cuda":
             llm.sleep(level=2)  # does nothing if it sleeps already
-        rows = batch + own
+        rows = batch + own_rows
         demo_tokens = sum(len(row["tokens"]) for row in batch)
-        own_tokens = sum(len(row["tokens"]) for row in own)
+        own_tokens = sum(len(row["tokens"]) for row in own_rows)
         t1 = time.perf_counter()
 
         # loss and update
@@ -935,13 +961,15 @@ if __name__ == "__main__":
         totals = [len(row["prompt"]) + len(row["tokens"]) for row in rows]
         for micro in micro_batches(totals, args.max_tokens_per_microbatch):
             inputs = pad_rows([rows[i] for i in micro], pad_id)
-            online = torch.tensor([i >= len(batch) for i in micro] or [False], device=DEVICE)
-            start = (None, None)
+            _, _, lengths, terminal = inputs
+            is_own = torch.tensor([i >= len(batch) for i in micro] or [False], device=DEVICE)
+            reference_head = reference_hidden = None
             if args.lambda_kl:
-                start = (reference.base.get_output_embeddings(), reference_states(inputs))
-            columns = policy(*inputs, *start, train_entropy=args.entropy_coef > 0)  # V, Q, entropy, KL
-            tokens = (demo_tokens, own_tokens)
-            loss, micro_sums = imitation_loss(*columns, *inputs[2:], online, tokens, step_args, state["shift"])
+                reference_head, reference_hidden = reference.base.get_output_embeddings(), reference_states(inputs)
+            train_entropy = args.entropy_coef > 0
+            values, q_values, entropy, kl = policy(*inputs, reference_head, reference_hidden, train_entropy)
+            statistics = (values, q_values, entropy, kl, lengths, terminal, is_own, demo_tokens, own_tokens)
+            loss, micro_sums = imitation_loss(*statistics, step_args, state["shift"])
             loss.backward()
             micro_sums["losses/loss"] = loss.detach()
             for name, value in micro_sums.items():
@@ -958,7 +986,7 @@ if __name__ == "__main__":
         # sync, if the engine samples next; else it sleeps on
         last = step == num_steps
         due = last or step % args.eval_every == 0
-        if due or args.online_alpha:
+        if due or (args.online_alpha and step >= args.mle_steps_before_irl):
             sync_weights(llm, policy)
         t3 = time.perf_counter()
 

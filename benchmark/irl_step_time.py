@@ -76,7 +76,7 @@ for row, prompt, completion in zip(labels, prompts, completions, strict=True):
 
 def script_loss(weight):
     columns = policy(*inputs, terminal)
-    return imitation_loss(*columns, inputs[2], terminal, online, [tokens, 0], Args(lambda_td=weight), 0.0)[0]
+    return imitation_loss(*columns, inputs[2], terminal, online, tokens, 0, Args(lambda_td=weight), 0.0)[0]
 
 
 def plain_loss():

@@ -91,9 +91,9 @@ def loss_of(cases, gamma, lambda_td, online=None, alpha=0.0, shift=0.0, **option
     online = torch.zeros(len(cases)).bool() if online is None else torch.tensor(online)
     tokens = [int(lengths[online == who].sum()) for who in (False, True)]
     args = Args(gamma=gamma, lambda_td=lambda_td, online_alpha=alpha, **options)
-    loss, _ = imitation_loss(*columns, lengths, terminal, online, tokens, args, shift)
-    values, chosen = (column.detach().double() - shift for column in columns[:2])
-    return loss, token_rewards(values, chosen, lengths, terminal, args), logits
+    loss, _ = imitation_loss(*columns, lengths, terminal, online, *tokens, args, shift)
+    values, q_values = (column.detach().double() - shift for column in columns[:2])
+    return loss, token_rewards(values, q_values, lengths, terminal, gamma), logits
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
@@ -111,19 +111,20 @@ def test_cases(case):
     kept = [x for x, used in zip(case["detail"]["reward"], case["mask"]) if used]
     dropped = case["name"] == "truncated_drop"
     assert ours[: len(ours) - dropped] == pytest.approx(kept[: len(ours) - dropped], abs=1e-6)
-    for key, detach in ("grad_logits", False), ("grad_logits_semi", True):
-        total, _, logits = loss_of([case], gamma, weight, td_detach_next=detach)
-        assert total.item() == pytest.approx(expected["total"], abs=1e-6)
-        if key in expected:
-            total.backward()
-            rows, used = len(case["mask"]), torch.tensor(case["mask"]).bool()
-            gradient = logits.grad[0]
-            torch.testing.assert_close(gradient[:rows][used], torch.tensor(expected[key])[used], atol=2e-6, rtol=0)
-            assert (gradient[:rows][~used] == 0).all()
-            if not detach and "grad_bootstrap_logits" in expected:
-                assert gradient[rows].tolist() == pytest.approx(expected["grad_bootstrap_logits"], abs=2e-6)
-            elif not dropped:
-                assert (gradient[rows:] == 0).all()
+    total, _, logits = loss_of([case], gamma, weight)
+    assert total.item() == pytest.approx(expected["total"], abs=1e-6)
+    if "grad_logits" in expected:
+        total.backward()
+        rows, used = len(case["mask"]), torch.tensor(case["mask"]).bool()
+        gradient = logits.grad[0]
+        torch.testing.assert_close(
+            gradient[:rows][used], torch.tensor(expected["grad_logits"])[used], atol=2e-6, rtol=0
+        )
+        assert (gradient[:rows][~used] == 0).all()
+        if "grad_bootstrap_logits" in expected:
+            assert gradient[rows].tolist() == pytest.approx(expected["grad_bootstrap_logits"], abs=2e-6)
+        elif not dropped:
+            assert (gradient[rows:] == 0).all()
 
 
 def test_monitor_values():
@@ -142,11 +143,11 @@ def test_monitor_values():
             assert x.mean().item() == pytest.approx(monitor[key], abs=1e-6), (case["name"], key)
         assert (v[n].item() == 0) == case["terminal"]
         args = Args(gamma=case["gamma"])
-        _, sums = imitation_loss(*columns, lengths, terminal, torch.tensor([False]), [n, 0], args, 3.0)
+        _, sums = imitation_loss(*columns, lengths, terminal, torch.tensor([False]), n, 0, args, 3.0)
         assert sums["irl/value"].item() / n == pytest.approx(monitor["value_mean"], abs=1e-6)  # as the model gives it
         assert sums["irl/entropy"].item() / n == pytest.approx(monitor["entropy_mean"], abs=1e-6)
         assert sums["losses/mle"].item() / n == pytest.approx(-monitor["log_pi_mean"], abs=1e-6)
-        _, sums = imitation_loss(*columns, lengths, terminal, torch.tensor([False]), [n, 0], args, 0.0)
+        _, sums = imitation_loss(*columns, lengths, terminal, torch.tensor([False]), n, 0, args, 0.0)
         if case["name"] != "truncated_drop":
             assert sums["losses/td"].item() / n == pytest.approx(case["expected"]["td"], abs=1e-5)
             last = detail["reward"][unmasked[-1]] ** 2 if case["terminal"] else 0.0
@@ -163,7 +164,7 @@ def test_batch_is_normalised_by_its_tokens_and_rows_do_not_touch():
             ids, logits, prompt_lens, lengths, terminal = batch([case | {"terminal": True}])
             columns = run_stub(logits, ids, prompt_lens, lengths, terminal)
             args, online = Args(lambda_td=weight), torch.tensor([False])
-            split += imitation_loss(*columns, lengths, terminal, online, [5, 0], args, 0.0)[0].item()
+            split += imitation_loss(*columns, lengths, terminal, online, 5, 0, args, 0.0)[0].item()
         assert split == pytest.approx(CASES["batch"]["token_mean"][key], abs=1e-6)
 
 
@@ -214,16 +215,12 @@ def test_gradient_formula():
     torch.testing.assert_close(logits.grad[0, :n], by_hand, atol=1e-6, rtol=0)
 
 
-def test_shift_and_terminal_value():
-    """At gamma 1 both change the last reward alone, by the same amount; with gamma below 1 a shift changes all."""
+def test_shift():
+    """At gamma 1 it changes the last reward alone; with gamma below 1 all of them."""
     case = CASES["identity"] | {"terminal": True}
-    _, plain, _ = loss_of([case], 1.0, 0.1)
-    for options in ({"shift": 2.0}, {"terminal_value": 2.0}):
-        _, rewards, _ = loss_of([case], 1.0, 0.1, **options)
-        assert (rewards - plain).tolist() == [pytest.approx([0, 0, -2.0], abs=1e-6)]
-    _, rewards, _ = loss_of([case], 0.9, 0.1, shift=2.0)
-    _, plain, _ = loss_of([case], 0.9, 0.1)
-    assert (rewards - plain).tolist() == [pytest.approx([-0.2, -0.2, -2.0], abs=1e-6)]
+    for gamma, difference in (1.0, [0, 0, -2.0]), (0.9, [-0.2, -0.2, -2.0]):
+        (_, shifted, _), (_, plain, _) = (loss_of([case], gamma, 0.1, shift=shift) for shift in (2.0, 0.0))
+        assert (shifted - plain).tolist() == [pytest.approx(difference, abs=1e-6)]
 
 
 # ---- a real model ----------------------------------------------------------------------------------------------------
@@ -308,7 +305,7 @@ def test_lambda_0_is_plain_sft_and_the_split_changes_nothing(lambda_td, tiny_pol
             inputs, online = inputs_of(*parts, pad_id=5), torch.zeros(len(micro)).bool()
             columns = policy(*inputs)
             args = Args(lambda_td=lambda_td)
-            loss, _ = imitation_loss(*columns, *inputs[2:], online, [tokens, 0], args, 0.0)
+            loss, _ = imitation_loss(*columns, *inputs[2:], online, tokens, 0, args, 0.0)
             loss.backward()
             total += loss.item()
         totals.append(total)
@@ -341,7 +338,7 @@ def test_entropy_and_kl_weigh_the_demonstrations_only():
     columns = torch.zeros(2, 3), torch.zeros(2, 2), entropy, kl
     lengths, terminal, online = torch.tensor([2, 2]), torch.tensor([True, True]), torch.tensor([False, True])
     args = Args(entropy_coef=0.3, lambda_kl=0.2)
-    loss, sums = imitation_loss(*columns, lengths, terminal, online, [2, 2], args, 0.0)
+    loss, sums = imitation_loss(*columns, lengths, terminal, online, 2, 2, args, 0.0)
     assert loss.item() == pytest.approx(0.2 * 0.6 / 2 - 0.3 * 3.0 / 2, abs=1e-6)
     assert sums["losses/kl"].item() == pytest.approx(0.6) and sums["irl/entropy"].item() == pytest.approx(3.0)
 
@@ -417,7 +414,7 @@ def test_values_stay_bounded_over_a_long_run():
                 ids = torch.tensor([[0, *actions]])
                 lens = torch.tensor([1]), torch.tensor([3]), torch.tensor([True])
                 columns = run_stub(logits, ids, *lens)
-                loss = imitation_loss(*columns, *lens[1:], torch.tensor([False]), [3, 0], Args(), 0.0)[0]
+                loss = imitation_loss(*columns, *lens[1:], torch.tensor([False]), 3, 0, Args(), 0.0)[0]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -455,7 +452,7 @@ def test_telescoping_identity(gamma):
     case = CASES["identity"]
     z, args = torch.tensor(case["logits"], dtype=torch.double), Args(gamma=gamma)
     values, chosen = torch.cat([z.logsumexp(1), torch.zeros(1)]), z[range(3), case["actions"]]
-    rewards = token_rewards(values[None], chosen[None], torch.tensor([3]), torch.tensor([True]), args)[0]
+    rewards = token_rewards(values[None], chosen[None], torch.tensor([3]), torch.tensor([True]), args.gamma)[0]
     known = case["gamma1" if gamma == 1 else "gamma09"]
     weights = gamma ** torch.arange(3, dtype=torch.double)
     expected = known["sum_reward" if gamma == 1 else "disc_sum_reward"]
@@ -468,7 +465,7 @@ def test_telescoping_identity(gamma):
     terminal = torch.randint(0, 2, (50,), generator=generator).bool()
     values = 5 * torch.randn(50, 9, generator=generator, dtype=torch.double)
     chosen = 5 * torch.randn(50, 8, generator=generator, dtype=torch.double)
-    rewards = token_rewards(values, chosen, lengths, terminal, args)
+    rewards = token_rewards(values, chosen, lengths, terminal, gamma)
     for n, ends, v, q, r in zip(lengths.tolist(), terminal, values, chosen, rewards):
         weights = gamma ** torch.arange(n, dtype=torch.double)
         right = (weights * (q - v[:-1])[:n]).sum() + v[0] - (0 if ends else gamma**n * v[n])
@@ -480,13 +477,13 @@ def test_rewards_of_loss_and_report_agree(tiny_policy):
     """score_answers gives each answer, in whatever micro-batch, the rewards that the loss squares, and its scores."""
     policy, tokens = tiny_policy(), sum(map(len, COMPLETIONS))
     rows = [{"prompt": p, "tokens": c, "terminal": t} for p, c, t in zip(PROMPTS, COMPLETIONS, TERMINAL)]
-    args = Args(gamma=0.9, terminal_value=-2.0, max_tokens_per_microbatch=12)
+    args = Args(gamma=0.9, max_tokens_per_microbatch=12)
     scored = score_answers(policy, rows, args, 0, 1.5)
     inputs = inputs_of(PROMPTS, COMPLETIONS, TERMINAL)
     columns = policy(*inputs)
     mle = replace(args, lambda_td=0.0)
     losses = [
-        imitation_loss(*columns, *inputs[2:], torch.zeros(4).bool(), [tokens, 0], x, 1.5)[0].item() for x in (args, mle)
+        imitation_loss(*columns, *inputs[2:], torch.zeros(4).bool(), tokens, 0, x, 1.5)[0].item() for x in (args, mle)
     ]
     squares = sum(r**2 for row in scored for r in row["rewards"])
     assert losses[0] - losses[1] == pytest.approx(0.1 * squares / tokens, abs=1e-5)
@@ -496,7 +493,7 @@ def test_rewards_of_loss_and_report_agree(tiny_policy):
         n = len(COMPLETIONS[k])
         assert row["log_pis"] == pytest.approx(q[:n] - v[:n], abs=1e-5)
         assert row["entropies"] == pytest.approx(entropy[:n], abs=1e-5)
-        last = -2.0 if TERMINAL[k] else v[n] - 1.5
+        last = 0.0 if TERMINAL[k] else v[n] - 1.5
         expected = q[:n] - 1.5 - 0.9 * np.append(v[1:n] - 1.5, last)
         assert row["rewards"] == pytest.approx(expected, abs=1e-5)
         assert row["sum"] == pytest.approx(expected.sum(), abs=1e-4) and row["mean"] == pytest.approx(row["sum"] / n)
@@ -580,6 +577,9 @@ def test_calculator():
     wrong = "5*2=<<5*2=10>>10 and 7-9=<<7-9=3>>3 and <<1+1=5>>5"
     assert with_calculation(wrong) == "5*2=<<5*2=10>>10 and 7-9=<<7-9=-2>>"
     assert with_calculation("<<(2+3)*-4=") == "<<(2+3)*-4=-20>>"
+    same_value = "<<5*15=75.00>>75 <<1/2=.5>>.5 <<600*2=1,200>> <<10/3=3.333333333>>"  # GSM8K has such values
+    assert with_calculation(same_value) is None and with_calculation("<<5*15=75.01>>") == "<<5*15=75>>"
+    assert with_calculation("<<5*15=75 apples") == "<<5*15=75>>"  # not closed
     assert with_calculation("<<.1+.2=") == "<<.1+.2=0.3>>" and with_calculation("<<10/3=") == "<<10/3=3.333333333>>"
     nasty = ["9**9**9**9", "1/0", "", "()", "1 2", "5//2", "007", "1.2.3", "(1)(2)", "(" * 90 + "1", "9" * 200, "1e9"]
     for text in [f"<<{expression}=" for expression in [*nasty, "__import__('os')", "1if 1else 2"]]:
@@ -609,14 +609,19 @@ ERRORS = {
     "negative lambda": (["--lambda-td", -1], "--lambda-td is -1.0; it must be at least 0"),
     "shift not a number": (["--value-shift", "nan"], "--value-shift is nan; it must be a finite number"),
     "infinite shift": (["--value-shift", "inf"], "--value-shift is inf; it must be a finite number"),
-    "infinite end": (["--terminal-value", "-inf"], "--terminal-value is -inf; it must be a finite number"),
     "never evaluated": (["--eval-every", 0], "--eval-every is 0; it must be over 0"),
     "no question": (["--template", "Q:"], "--template 'Q:' has no {question} in it"),
     "system prompt": (["--template", "{question}", "--system-prompt", "x"], "--system-prompt is for the chat template"),
     "no model": (["--model-name", "nobody/nothing"], "nobody/nothing cannot be used; give the hub id"),
     "no base model": (["--model-name", "nobody/nothing", "--template", "{question}"], "nobody/nothing cannot be used"),
-    "one row": (["--dataset", "one.jsonl"], "leaves 0 demonstrations, too few for a step"),
-    "large batch": (["--batch-size", 25], "leaves 24 demonstrations, too few for a step; add rows"),
+    "one row": (
+        ["--dataset", "one.jsonl"],
+        "leaves 0 demonstrations, fewer than --batch-size 8; lower it, or add rows",
+    ),
+    "large batch": (
+        ["--batch-size", 25],
+        "leaves 24 demonstrations, fewer than --batch-size 25; lower it, or add rows",
+    ),
     "no data": (["--dataset", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
     "no room": (["--max-new-tokens", 1020], "lower --max-new-tokens"),
     "no chat template": (

@@ -21,11 +21,11 @@ MODES = {
     "lora": [
         *("--lora-r", 4, "--online-alpha", 0.2, "--lambda-kl", 0.1, "--entropy-coef", 0.01, "--gamma", 0.95),
         *("--mle-steps-before-irl", 1, "--lambda-td", 0.3, "--eval-every", 4, "--save-every", 2),
-        *("--terminal-value", -0.5, "--calculator"),
+        "--calculator",
     ],
     "full": [  # demonstrations cut before their end, another template, sampling on the held-out questions
         *("--lora-r", 0, "--lambda-kl", 0.1, "--template", "Q: {question} A:", "--max-new-tokens", 24, "--value-shift"),
-        *(0, "--td-detach-next", "--eval-dataset", ""),
+        *(0, "--eval-dataset", ""),
     ],
 }  # fmt: skip
 WRITTEN = {}  # name of a run: keys of its metrics.jsonl
