@@ -119,9 +119,7 @@ class Args:
     # Memory-R: the memories
     intrinsic: Literal["none", "exploit", "explore", "both"] = "both"  # Memory-R: exploit, Memory-R+: both
     explore_warmup_steps: int = 50  # steps without r_explore, while wrong answers are collected
-    memory_mode: Literal["loo", "past", "sequential"] = (
-        "loo"  # which stored answers one is compared with, see memory_rewards
-    )
+    memory_mode: Literal["loo", "past", "sequential"] = "loo"  # whom an answer is compared with, see memory_rewards
     knn_k: int = 1  # nearest questions K whose answers are read
     max_keys: int = 10000  # questions that a memory holds; the oldest goes first
     max_values: int = 100  # answers that it holds of each; the oldest goes first
@@ -208,9 +206,7 @@ def load_encoder(name: str):
     with plain_error(f"the weights of {name} cannot be read; {advice}"):
         encoder = AutoModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
     with plain_error(f"{name} cannot embed texts; {advice}"):
-        vectors = embed(encoder, tokenizer, ["a", "a longer text"], 512)
-    if not vectors.isfinite().all():
-        sys.exit(f"error: {name} embeds a text as NaN; {advice}.")
+        embed(encoder, tokenizer, ["a", "a longer text " * 256], 512)
     return encoder, tokenizer
 
 
@@ -232,6 +228,8 @@ def embed(encoder, tokenizer, texts: list[str], max_tokens: int) -> torch.Tensor
         # each rank has filled in its own rows; NCCL cannot reduce CPU tensors
         vectors = vectors.to(DEVICE)
         dist.all_reduce(vectors)
+    if not vectors.isfinite().all():
+        sys.exit("error: the sentence encoder gives NaN or infinity; use another --embed-model.")
     return vectors.cpu()
 
 
@@ -1058,8 +1056,6 @@ if __name__ == "__main__":
             terms[f"r_{kind}"] = weight * intrinsic.flatten()
         rewards = sum(terms.values())  # [B]
         rewards = gather(rewards)[0]  # rank 0's: ranks may differ in the last bit, and must train on the same rewards
-        if not rewards.isfinite().all():
-            sys.exit(f"error: a reward of step {step} is not finite: the policy gives NaN or infinity; lower --lr.")
         t2 = time.perf_counter()
 
         # advantages within a question; groups whose rewards are all equal teach nothing

@@ -1,18 +1,20 @@
 """GRPO with a perplexity reward: reasoning is good if it makes a frozen LM expect the known answer.
 
 The policy reads a question x and writes reasoning c and an answer. The reward does not look at that answer. A frozen LM
-q, the judge (the policy as it was at the start, or --reward-model), reads x and c and says how probable the gold answer
-y is:
+q, the judge (the policy as it was at the start, or --reward-model), reads x and c and says how probable the target y
+is, which is the gold answer (or the worked solution, see --target):
 
     l_t   = log q(y_t | x, c, y_<t),   b_t = the same with no reasoning in the same template
     PPL_c = exp(-mean l),              PPL_b = exp(-mean b)
     r     = hybrid_alpha / PPL_c + (1 - hybrid_alpha) max(0, 1 - PPL_c / PPL_b)             (--reward-type hybrid)
 
-So a task needs reference answers, and no verifier. Nine other rewards of the literature are a flag away, see
-perplexity_rewards. The control is --reward-type accuracy: the same GRPO, paid for right answers.
+So a task needs reference answers, and no verifier. absolute, relative and hybrid are those of "the original project",
+github.com/JustinSQiu/STAT-4830-curriculum-learning-project. Other rewards come from papers, see perplexity_rewards. The
+control is --reward-type accuracy: the same GRPO, paid for right answers.
 
 Left out: value network, multi-turn, 4-bit weights, mixture-of-experts models, a judge that is trained along (then the
-gradient has a second term, see VeriFree and JEPO), the additional format and length rewards of RLPR and NOVER.
+gradient has a second term, see VeriFree, and JEPO, arXiv 2503.19618), the additional format and length rewards of RLPR
+and NOVER.
 
     python grpo_perplexity.py --model-name Qwen/Qwen2.5-7B-Instruct          # LoRA, one 80 GB GPU
     torchrun --nproc-per-node 8 grpo_perplexity.py --lora-r 0 --lr 1e-6      # all weights, eight GPUs, FSDP2
@@ -115,13 +117,12 @@ class Args:
     # perplexity
     reward_type: RewardType = "hybrid"  # see perplexity_rewards; accuracy: 1 for a right answer, the control
     hybrid_alpha: float = 0.5  # weight of 1 / PPL_c in the hybrid reward; the rest is the relative gain's
-    reward_model: str = ""  # frozen chat model that scores, hub id or folder (empty: the policy as it was at the start)
-    template: str = (  # layout of a completion, for system_prompt to ask for; a new line may be typed as backslash n
+    reward_model: str = ""  # the judge, a frozen chat model that stays on the GPU (empty: the policy at its start)
+    template: str = (  # layout of a completion; --system-prompt must ask for it. In a shell \n is a new line
         "<think>\n{reasoning}\n</think>\n<answer>\n{answer}\n</answer>"
     )
-    target: Literal["answer", "solution", "solution_answer"] = "answer"  # gold text that is scored
-    strip_final: bool = False  # drop a last sentence "the answer is ..." from the reasoning before it is scored
-    min_group_std: float = 0.01  # a group whose rewards have a smaller std is left out: scaled to 1, it would be noise
+    target: Literal["answer", "solution", "solution_answer"] = "answer"  # what the judge must expect, see target_ids
+    min_group_std: float = 0.01  # groups with a smaller std of rewards are not trained on: it would be rounding
     # loss
     loss_type: Literal["grpo", "dr_grpo", "dapo"] = "dapo"  # how tokens are weighted, see policy_loss
     clip_low: float = 0.2  # ratio is clipped below at 1 - clip_low
@@ -148,15 +149,12 @@ class Args:
 
 
 # ---- Reward and loss -------------------------------------------------------------------------------------------------
-def split_reasoning(text: str, template: str, stops=(), strip_final: bool = False) -> str | None:
-    """The reasoning c of a completion, or None: what stands between the template's marks before and after {reasoning}.
+def split_reasoning(text: str, start_mark: str, end_mark: str, stops: list[str]) -> str | None:
+    """The reasoning c of a completion: the text between the template's marks before and after {reasoning}.
 
-    It ends early at any of `stops`: tags and role tokens that the judge would take for the end of the reasoning.
-    strip_final drops a last sentence that announces the answer ("The final answer is 1.5.").
+    None if a mark is missing, or if nothing stands between them. It ends early at any of `stops`: the template's marks
+    and the judge's special tokens, where the policy spells them out. (Real special tokens are dropped by decoding.)
     """
-    opening, cue, _ = re.split(r"\{reasoning\}|\{answer\}", template)
-    start_mark = opening.strip().split("\n")[-1]
-    end_mark = cue.strip().split("\n")[0]
     if start_mark not in text:
         return None
     start = text.index(start_mark) + len(start_mark)
@@ -165,45 +163,38 @@ def split_reasoning(text: str, template: str, stops=(), strip_final: bool = Fals
         return None
     for stop in stops:
         reasoning = reasoning.partition(stop)[0]
-    reasoning = reasoning.strip()
-    if strip_final:
-        last = re.split(r"(?<=[.!?])\s+|\n", reasoning)[-1]  # sentence
-        if re.search(r"\banswer(?: is|:)", last, re.IGNORECASE):
-            reasoning = reasoning.removesuffix(last).strip()
-    return reasoning or None
+    return reasoning.strip() or None
 
 
-def target_ids(problem: dict, target: str, template: str, tokenizer) -> list[int]:
-    """Token ids of the gold text y and of what ends it: the new line behind {answer}, or EOS if nothing stands there.
+def target_ids(problem: dict, target: str, cue: str, closing: str, tokenizer) -> list[int]:
+    """Token ids of the target y and of what ends it: the new line behind {answer}, or EOS if nothing stands there.
 
-    Without that end a gold "1" would earn the full reward where the reasoning leads to "18". Ends the program if the
-    problem has no solution to score, or if the first token of y would merge with the template before it.
+    y is the number, the solution, or both. cue and closing are the template's texts before and behind {answer}. Without
+    an end, a gold "1" would earn the full reward where the reasoning leads to "18". Ends the program if the problem has
+    no solution to score, or if the first token of y would merge with the template before it.
     """
-    solution = re.sub(r"<<.*?>>", "", problem["answer"].rpartition("####")[0]).strip()  # without calculator marks
-    if target != "answer" and not solution:
-        question = problem["question"][:60]
-        sys.exit(f"error: {question!r} has no solution before its ####; use --target answer, or complete the row.")
     text = problem["gold"]
-    if target == "solution":
-        text = solution
-    elif target == "solution_answer":
-        text = f"{solution}\n#### {text}"
+    if target != "answer":
+        solution = re.sub(r"<<.*?>>", "", problem["answer"].rpartition("####")[0]).strip()  # without calculator marks
+        if not solution:
+            question = problem["question"][:60]
+            sys.exit(f"error: {question!r} has no solution before its ####; use --target answer, or complete the row.")
+        text = solution if target == "solution" else f"{solution}\n#### {text}"
 
-    _, cue, closing = re.split(r"\{reasoning\}|\{answer\}", template)
-    before = tokenizer.encode(cue, add_special_tokens=False)
     end = "\n" if closing else tokenizer.eos_token
+    cue_ids = tokenizer.encode(cue, add_special_tokens=False)
     ids = tokenizer.encode(cue + text + end, add_special_tokens=False)
-    if ids[: len(before)] != before:
-        sys.exit(f"error: {text[:20]!r} merges with --template {template!r}; put {{answer}} on a line of its own.")
-    return ids[len(before) :]
+    if ids[: len(cue_ids)] != cue_ids:
+        sys.exit(f"error: {text[:20]!r} merges with {cue!r} of --template; put {{answer}} on a line of its own.")
+    return ids[len(cue_ids) :]
 
 
 def perplexity_rewards(logps, base_logps, target_lens, reasoning_lens, args) -> torch.Tensor:
-    """Reward [B] of each completion from the judge's log-probabilities, in nats, of the gold answer y.
+    """Reward [B] of each completion from the judge's log-probabilities, in nats, of the target y.
 
-    logps, base_logps [B, Y]: l_t = log q(y_t | x, c, y_<t) with the reasoning c, b_t without. target_lens,
-    reasoning_lens [B]: tokens of y and of c. The completions of a question lie side by side. Without c the reward has
-    its lowest value. PPL_c = exp(-mean l), PPL_b = exp(-mean b), both at most e^20.
+    logps, base_logps [B, Y]: l_t = log q(y_t | x, c, y_<t) with the reasoning c, b_t without; 0 behind a target's end.
+    target_lens, reasoning_lens [B]: tokens of y and of c. The completions of a question lie side by side. Without c the
+    reward has its lowest value. PPL_c = exp(-mean l), PPL_b = exp(-mean b), both at most e^20.
 
     absolute     1 / PPL_c
     relative     max(0, 1 - PPL_c / PPL_b)
@@ -215,63 +206,64 @@ def perplexity_rewards(logps, base_logps, target_lens, reasoning_lens, args) -> 
     prob         exp(sum l), the chance that q answers exactly y                            (VeriFree, arXiv 2505.21493)
     rlpr         mean exp(l) - mean exp(b), within 0 and 1                                  (RLPR, arXiv 2506.18254)
     nover        see nover_rewards                                                          (NOVER, arXiv 2505.16022)
+
+    In the papers of gain, prob, rlpr and nover the judge is the policy, or follows it. Here it is frozen.
     """
-    mask = torch.arange(logps.shape[1]) < target_lens[:, None]  # [B, Y]
-    logps = logps.double().masked_fill(~mask, 0.0)
-    base_logps = base_logps.double().masked_fill(~mask, 0.0)
-    mean = (logps.sum(1) / target_lens).clamp(min=-20)  # [B], -log PPL_c
-    base_mean = (base_logps.sum(1) / target_lens).clamp(min=-20)  # [B], -log PPL_b
-    absolute = mean.exp()
-    relative = 1 - (base_mean - mean).exp()
+    logps, base_logps = logps.double(), base_logps.double()
+    mean_logp = (logps.sum(1) / target_lens).clamp(min=-20)  # [B], -log PPL_c
+    base_mean_logp = (base_logps.sum(1) / target_lens).clamp(min=-20)  # [B], -log PPL_b
+    absolute = mean_logp.exp()
+    relative = (1 - (base_mean_logp - mean_logp).exp()).clamp(min=0)
     lowest = 0.0
     if args.reward_type == "absolute":
         rewards = absolute
     elif args.reward_type == "relative":
-        rewards = relative.clamp(min=0)
+        rewards = relative
     elif args.reward_type == "hybrid":
-        rewards = args.hybrid_alpha * absolute + (1 - args.hybrid_alpha) * relative.clamp(min=0)
+        rewards = args.hybrid_alpha * absolute + (1 - args.hybrid_alpha) * relative
     elif args.reward_type == "vr_cli":
         rewards = 0.5 * (relative >= 0.0005) + 0.4 * (relative >= 0.01) + 0.1 * (relative >= 0.02)
     elif args.reward_type == "logprob":
-        rewards = mean.clamp(min=-10)
+        rewards = mean_logp.clamp(min=-10)
         lowest = -10.0
     elif args.reward_type == "logprob_sum":
-        rewards = mean.clamp(min=-10) * target_lens
+        rewards = mean_logp.clamp(min=-10) * target_lens
         lowest = -10.0 * target_lens
     elif args.reward_type == "gain":
-        rewards = (mean - base_mean).clamp(-5, 5)
+        rewards = (mean_logp - base_mean_logp).clamp(-5, 5)
         lowest = -5.0
     elif args.reward_type == "prob":
         rewards = logps.sum(1).exp()
-    elif args.reward_type == "rlpr":
+    elif args.reward_type == "rlpr":  # behind a target's end both are exp(0)
         rewards = ((logps.exp() - base_logps.exp()).sum(1) / target_lens).clamp(0, 1)
     else:
-        rewards = nover_rewards(-mean, reasoning_lens, args.group_size)
+        rewards = nover_rewards(-mean_logp, reasoning_lens, args.group_size)
     return torch.where(reasoning_lens > 0, rewards, lowest).float()
 
 
 def nover_rewards(log_ppl: torch.Tensor, reasoning_lens: torch.Tensor, group_size: int) -> torch.Tensor:
-    """(n - rank) / n [B] by PPL_c^(1/N), N = 1 + log10 of the reasoning's tokens, n the group's number of reasonings.
+    """NOVER's reward [B]: the completions of a group are sorted by PPL_c^(1/N), N = 1 + log10(tokens of c).
 
-    rank: how many of the group have a lower one; so the best earns 1, and equal ones earn the same. log_ppl,
-    reasoning_lens [B].
+    (n - rank) / n: n completions of the group have a reasoning, and `rank` of them have a lower value. So the best
+    earns 1. Values within 5e-4 nats are equal, because a judge in bf16 is not more exact. log_ppl, reasoning_lens [B];
+    the value of one without a reasoning is unused.
     """
-    exists = reasoning_lens.view(-1, group_size) > 0  # [groups, G]
-    log_flat = log_ppl / (1 + reasoning_lens.clamp(min=1).log10())
-    log_flat = log_flat.view(-1, group_size).masked_fill(~exists, math.inf)
-    rank = (log_flat[:, :, None] > log_flat[:, None, :]).sum(-1)  # [groups, G]
-    n = exists.sum(1, keepdim=True).clamp(min=1)
-    return (1 - rank / n).flatten()
+    valid = reasoning_lens.view(-1, group_size) > 0  # [groups, G]
+    log_value = (log_ppl / (1 + reasoning_lens.clamp(min=1).log10())).view(-1, group_size)
+    lower = (log_value[:, None, :] < log_value[:, :, None] - 5e-4) & valid[:, None, :]  # [groups, G, G]
+    n = valid.sum(1, keepdim=True).clamp(min=1)
+    return (1 - lower.sum(-1) / n).flatten()
 
 
-def target_metrics(logps: torch.Tensor, target_lens: torch.Tensor, where: str, given: str = "") -> dict:
-    """Perplexity of the target, and the chance that the judge writes exactly the target: its accuracy at temperature 1.
+def target_metrics(logps: torch.Tensor, target_lens: torch.Tensor, prefix: str, suffix: str = "") -> dict:
+    """Perplexity of the target, and the chance that the judge, sampling at temperature 1, writes exactly the target.
 
-    logps [B, Y], 0 behind a target's end; target_lens [B]; where, given: what stands around the two names. The
-    perplexity of B targets is exp(mean of -mean l), so that a hopeless one does not drown the rest.
+    With --target answer that chance is its accuracy. logps [B, Y], 0 behind a target's end; target_lens [B]; prefix and
+    suffix: of the two keys. The perplexity of B targets is exp(mean of -mean l), so that a hopeless one does not drown
+    the rest.
     """
     ppl = (-logps.double().sum(1) / target_lens).mean().exp().item()
-    return {f"{where}/ppl{given}": ppl, f"{where}/q_accuracy{given}": logps.sum(1).exp().mean().item()}
+    return {f"{prefix}/ppl{suffix}": ppl, f"{prefix}/q_accuracy{suffix}": logps.sum(1).exp().mean().item()}
 
 
 def group_advantages(rewards: torch.Tensor, loss_type: str, eps: float = 1e-4) -> torch.Tensor:
@@ -453,9 +445,9 @@ def score(policy, prompts, completions, args, pad_id: int) -> torch.Tensor:
 
 
 def score_distinct(policy, prompts, completions, args, pad_id: int) -> torch.Tensor:
-    """`score` in which equal rows get equal numbers: of each only one is scored.
+    """`score`, but each distinct row is scored once, so that equal rows get equal numbers.
 
-    A row's last digits depend on the others in its micro-batch. A reward that ranks would reward that rounding.
+    The last digits depend on the other rows of the micro-batch, and nover, which sorts a group, would pay for them.
     """
     rows = [(tuple(prompt), tuple(completion)) for prompt, completion in zip(prompts, completions, strict=True)]
     distinct = list(dict.fromkeys(rows))
@@ -733,8 +725,18 @@ if __name__ == "__main__":
     check_model(judge_name)
 
     @functools.lru_cache(maxsize=8192)
-    def encode(question, z=None, tokenizer=tokenizer):  # token ids of the prompt
+    def encode(question, z=None, tokenizer=tokenizer):  # token ids of the prompt; z: evaluate's skill, there is none
         return encode_prompt(tokenizer, question, args.system_prompt)
+
+    # the template: the text before the reasoning, the one between reasoning and answer, and the one behind the answer
+    opening, cue, closing = re.split(r"\{reasoning\}|\{answer\}", args.template)
+    start_mark = opening.strip().split("\n")[-1]
+    end_mark = cue.strip().split("\n")[0]
+    stops = [line.strip() for line in f"{opening}\n{cue}".split("\n") if line.strip()]
+    stops += [token.content for token in judge_tokenizer.added_tokens_decoder.values() if token.special]
+    for row in problems + eval_problems:
+        row["target"] = target_ids(row, args.target, cue, closing, judge_tokenizer)
+    target_room = [0] * max(len(row["target"]) for row in problems + eval_problems)
 
     def judge_ids(text):
         return judge_tokenizer.encode(text, add_special_tokens=False)
@@ -742,16 +744,10 @@ if __name__ == "__main__":
     def judge_prompt(question, reasoning=None):  # token ids of all that stands before the target
         return encode(question, tokenizer=judge_tokenizer) + judge_ids(opening + (reasoning or "") + cue)
 
-    opening, cue, _ = re.split(r"\{reasoning\}|\{answer\}", args.template)
-    # a reasoning ends at any of them
-    stops = [line.strip() for line in f"{opening}\n{cue}".split("\n") if line.strip()]
-    stops += [token.content for token in judge_tokenizer.added_tokens_decoder.values() if token.special]
-    for row in problems + eval_problems:
-        row["target"] = target_ids(row, args.target, args.template, judge_tokenizer)
-    longest_target = max(len(row["target"]) for row in problems + eval_problems)
-    longest = longest_prompt(
-        problems + eval_problems, judge_prompt, args.max_new_tokens + longest_target, judge_context
-    )
+    def judge_row(question):
+        return judge_prompt(question) + target_room
+
+    longest_prompt(problems + eval_problems, judge_row, args.max_new_tokens, judge_context)
     longest = longest_prompt(problems + eval_problems, encode, args.max_new_tokens, context)
 
     # processes and run folder; rank 0 prints and writes
@@ -789,11 +785,11 @@ if __name__ == "__main__":
     with set_current_vllm_config(llm.llm_engine.vllm_config):  # the classes that vLLM has changed ask for it
         policy = Policy(args.model_name, dtype if args.lora_r else torch.float32, args.lora_r, args.lora_alpha)
         reference = policy  # LoRA: the same model with its adapters off
-        if not args.lora_r and (args.kl_coef or not args.reward_model):
+        if not args.lora_r and (args.kl_coef or judge_name == args.model_name):
             reference = Policy(args.model_name, dtype, lora_r=0, lora_alpha=0)
-        judge = reference
-        if args.reward_model:
-            judge = Policy(args.reward_model, dtype, lora_r=0, lora_alpha=0)
+        judge = reference  # reference and judge are frozen: not in the optimizer, and only scored
+        if judge_name != args.model_name:
+            judge = Policy(judge_name, dtype, lora_r=0, lora_alpha=0)
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True)
     score(policy, [[pad_id]], [[pad_id]], args, pad_id)  # FSDP settles gradient dtypes in its first pass: adapters on
@@ -835,11 +831,20 @@ if __name__ == "__main__":
         with policy.model.disable_adapter() if args.lora_r else nullcontext():
             return score(reference, prompts, completions, args, pad_id)
 
-    def judge_score(problems, reasonings):  # [B, Y]; reasoning None: without
-        contexts = [judge_prompt(row["question"], c) for row, c in zip(problems, reasonings, strict=True)]
-        targets = [row["target"] for row in problems]
-        with policy.model.disable_adapter() if judge is policy else nullcontext():
-            return score_distinct(judge, contexts, targets, replace(args, temperature=1.0), pad_id=0)
+    def judge_score(rows, reasonings):  # [B, Y]; reasoning None: without
+        contexts = [judge_prompt(row["question"], c) for row, c in zip(rows, reasonings, strict=True)]
+        targets = [row["target"] for row in rows]
+        longest = max(len(context) + len(target) for context, target in zip(contexts, targets, strict=True))
+        if longest > judge_context:
+            sys.exit(
+                f"error: a reasoning and its target are {longest} tokens, the judge takes {judge_context}; lower "
+                "--max-new-tokens."
+            )
+        with policy.model.disable_adapter() if judge is policy else nullcontext():  # 0: any token serves as the pad
+            logps = score_distinct(judge, contexts, targets, replace(args, temperature=1.0), pad_id=0)
+        if not logps.isfinite().all():
+            sys.exit(f"error: the judge {judge_name} gives NaN or infinity; use another --reward-model.")
+        return logps
 
     def run_evaluation(step):
         t0 = time.perf_counter()
@@ -851,15 +856,15 @@ if __name__ == "__main__":
         write(run_dir / "completions.jsonl", rows, mode="w")  # of the newest evaluation, for eval_gsm8k.py --compare
         record = {"step": step} | {f"eval/{name}": value for name, value in figures.items()}
         texts = [row["completion"] for row in rows[:: args.eval_samples]]  # the first sample of each problem
-        reasonings = [split_reasoning(text, args.template, stops, args.strip_final) for text in texts]
+        reasonings = [split_reasoning(text, start_mark, end_mark, stops) for text in texts]
         if step == 0 and args.reward_type != "accuracy" and not any(reasonings):
             sys.exit(
                 "error: no completion holds a reasoning in the marks of --template; ask for them in --system-prompt."
             )
         swapped = reasonings[1:] + reasonings[:1]  # a control: another problem's reasoning
         target_lens = torch.tensor([len(row["target"]) for row in eval_problems])
-        for name, given in (("", reasonings), ("_without", [None] * len(texts)), ("_swapped", swapped)):
-            record |= target_metrics(judge_score(eval_problems, given), target_lens, "eval", name)
+        for suffix, scored in (("", reasonings), ("_without", [None] * len(texts)), ("_swapped", swapped)):
+            record |= target_metrics(judge_score(eval_problems, scored), target_lens, "eval", suffix)
         log(record | {"time/eval": time.perf_counter() - t0})
 
     sync_weights(llm, policy)
@@ -899,9 +904,9 @@ if __name__ == "__main__":
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         answers = [extract_answer(text, args.answer_mode) for text in texts]
         correct = torch.tensor([is_correct(a, row["gold"]) for a, row in zip(answers, batch, strict=True)])  # [B]
-        reasonings = [split_reasoning(text, args.template, stops, args.strip_final) for text in texts]
+        reasonings = [split_reasoning(text, start_mark, end_mark, stops) for text in texts]
         metrics = {}
-        terms = {"correct": correct.float()}  # {name: [B]}
+        logged_values = {"correct": correct.float()}  # {name: [B]}, for samples.jsonl
         rewards = correct.float()  # [B]
         if args.reward_type != "accuracy":
             target_logps = judge_score(batch, reasonings)  # [B, Y]
@@ -912,10 +917,8 @@ if __name__ == "__main__":
             rewards = perplexity_rewards(target_logps, base_logps, target_lens, reasoning_lens, args)  # [B]
             metrics |= target_metrics(target_logps, target_lens, "perplexity")
             metrics |= target_metrics(base_logps, target_lens, "perplexity", "_without")
-            terms["target_logp"] = target_logps.sum(1)
-        rewards = gather(rewards)[0]  # rank 0's: a last bit of difference would part the ranks
-        if not rewards.isfinite().all():
-            sys.exit(f"error: a reward of step {step} is not finite: the policy gives NaN or infinity; lower --lr.")
+            logged_values["target_logp"] = target_logps.sum(1)
+        rewards = gather(rewards)[0]  # rank 0's: ranks may differ in the last bit, and must train on the same rewards
         t2 = time.perf_counter()
 
         # advantages within a question; groups whose rewards hardly differ teach nothing
@@ -1020,7 +1023,7 @@ if __name__ == "__main__":
         for i in range(args.group_size):  # the first question's whole group
             record = {"step": step, "question": questions[i], "completion": texts[i], "reasoning": reasonings[i]}
             record |= {"answer": answers[i], "gold": batch[i]["gold"], "finish_reason": samples[i]["finish_reason"]}
-            record |= {name: values[i].item() for name, values in terms.items()}
+            record |= {name: values[i].item() for name, values in logged_values.items()}
             records.append(record | {"reward": rewards[i].item(), "advantage": advantages[i].item()})
         write(samples_path, records)
         names = ("charts/accuracy", "charts/reward", "perplexity/ppl", "charts/length")

@@ -781,7 +781,7 @@ if __name__ == "__main__":
         rewards = sum(terms.values())  # [B]
         if args.shuffle_rewards:
             rewards = rewards[np.random.default_rng([args.seed, step, 2]).permutation(len(rewards))]
-        rewards = gather(rewards)[0]  # rank 0's: a last bit of difference would part the ranks
+        rewards = gather(rewards)[0]  # rank 0's: ranks may differ in the last bit, and must train on the same rewards
         if not rewards.isfinite().all():
             sys.exit(f"error: a reward of step {step} is not finite: the policy gives NaN or infinity; lower --lr.")
         t2 = time.perf_counter()

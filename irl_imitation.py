@@ -98,9 +98,7 @@ class Args:
     lora_alpha: int = 32  # LoRA scale: W + (lora_alpha / lora_r) B A
     # data
     dataset: str = "openai/gsm8k"  # hub id, or a .jsonl with `question` and `answer` ("... #### 72")
-    eval_dataset: str = (
-        ""  # questions of evaluations: a .jsonl, or a hub id (its test split); empty: the held-out tenth
-    )
+    eval_dataset: str = ""  # evaluation questions: .jsonl, or hub id with a test split (empty: the held-out)
     max_train_rows: int = 0  # train on the first so many demonstrations, the same for every seed; 0: all
     template: str = "QUESTION: {question}\n\nSOLUTION:"  # the prompt; " " and the answer follow (empty: chat template)
     system_prompt: str = ""  # of the chat template, with --template ""; empty: none
@@ -109,18 +107,12 @@ class Args:
     lambda_td: float = 0.1  # weight of the mean squared reward; 0 is MLE, the control; a larger one flattens the policy
     gamma: float = 1.0  # discount of V(s') in the reward; at 1 the rewards of an answer sum to log pi + V(prompt)
     mle_steps_before_irl: int = 0  # so many steps of MLE come first, without squared rewards and own samples
-    value_shift: float | Literal["auto"] = (
-        "auto"  # subtracted from all Q and V; auto: the loaded model's mean Q of end tokens
-    )
-    online_alpha: float = (
-        0.0  # weight of own samples in V - gamma V' and in the squared reward, see imitation_loss; below 1
-    )
+    value_shift: float | Literal["auto"] = "auto"  # subtracted from Q and V; auto: mean Q of end tokens at the start
+    online_alpha: float = 0.0  # weight of own samples in V - gamma V' and the square, see imitation_loss; below 1
     entropy_coef: float = 0.0  # weight of an entropy bonus on the demonstrations' tokens
     lambda_kl: float = 0.0  # weight of KL(policy || loaded model) on the same tokens, exact over the vocabulary
     # optimizer
-    num_train_epochs: int = (
-        3  # passes over the demonstrations, each without the rest that fills no batch; 0 evaluates only
-    )
+    num_train_epochs: int = 3  # passes over the demonstrations; a rest that fills no batch waits; 0 evaluates only
     batch_size: int = 64  # demonstrations in a step
     lr: float = 1e-4  # peak; 1e-4 suits LoRA and small models, 1e-5 all weights of a large one
     lr_schedule: Literal["cosine", "constant"] = "cosine"  # decay to zero after the warm-up, or none

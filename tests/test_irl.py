@@ -450,9 +450,9 @@ def test_rewards_are_bounded_at_the_optimum():
 def test_telescoping_identity(gamma):
     """sum gamma^t r_t = sum gamma^t log pi_t + V_0 - gamma^T V_T, with V_T = 0 behind an end token."""
     case = CASES["identity"]
-    z, args = torch.tensor(case["logits"], dtype=torch.double), Args(gamma=gamma)
+    z = torch.tensor(case["logits"], dtype=torch.double)
     values, chosen = torch.cat([z.logsumexp(1), torch.zeros(1)]), z[range(3), case["actions"]]
-    rewards = token_rewards(values[None], chosen[None], torch.tensor([3]), torch.tensor([True]), args.gamma)[0]
+    rewards = token_rewards(values[None], chosen[None], torch.tensor([3]), torch.tensor([True]), gamma)[0]
     known = case["gamma1" if gamma == 1 else "gamma09"]
     weights = gamma ** torch.arange(3, dtype=torch.double)
     expected = known["sum_reward" if gamma == 1 else "disc_sum_reward"]

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ENCODER, MEMORY_RUN, TOY, stop_message, training
+from transformers import AutoModel
 
 from eval_gsm8k import encode_prompt
 from grpo_knn_memory import (
@@ -424,7 +425,7 @@ def test_errors(name, capsys, monkeypatch, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("damage", ["no tokenizer", "no weights", "cut weights", "no padding", "no faiss"])
+@pytest.mark.parametrize("damage", ["no tokenizer", "no weights", "cut weights", "no padding", "NaN", "no faiss"])
 def test_an_encoder_that_cannot_be_used(damage, capsys, monkeypatch, tmp_path):
     """One sentence each, before a run folder or an engine exists."""
     folder = tmp_path / "encoder"
@@ -441,6 +442,11 @@ def test_an_encoder_that_cannot_be_used(damage, capsys, monkeypatch, tmp_path):
         whole = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
         message = f"the weights of {folder} cannot be read; give --embed-model the hub id"
+    elif damage == "NaN":
+        encoder = AutoModel.from_pretrained(ENCODER)
+        encoder.encoder.layer[0].attention.self.query.weight.data.fill_(math.nan)
+        encoder.save_pretrained(folder)
+        message = "the sentence encoder gives NaN or infinity; use another --embed-model."
     elif damage == "no padding":
         (folder / "special_tokens_map.json").unlink()
         (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')

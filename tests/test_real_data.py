@@ -9,6 +9,7 @@ import csv
 import json
 import os
 import pathlib
+import re
 import sys
 
 import pytest
@@ -64,15 +65,16 @@ def test_perplexity_targets(target):
         templates["{reasoning}\n#### {answer}"] = tokenizer.eos_token  # a space stays apart from a digit, too
     for template, end in templates.items():
         asked = problems[::50] + (negative if "####" not in template else [])
+        _, cue, closing = re.split(r"\{reasoning\}|\{answer\}", template)
         for problem in asked:
             context = template.replace("{reasoning}", problem["answer"].split("\n####")[0]).split("{answer}")[0]
-            ids = target_ids(problem, target, template, tokenizer)
+            ids = target_ids(problem, target, cue, closing, tokenizer)
             text = tokenizer.decode(ids)
             assert text.endswith(end) and encode(context) + ids == encode(context + text)
             if target == "answer":
                 assert text == problem["gold"] + end
-    with pytest.raises(SystemExit, match="merges with --template .* put {answer} on a line of its own"):
-        target_ids(negative[0], target, "{reasoning}\n#### {answer}", tokenizer)  # " -" is one token
+    with pytest.raises(SystemExit, match="merges with .* of --template; put {answer} on a line of its own"):
+        target_ids(negative[0], target, "\n#### ", "", tokenizer)  # " -" is one token
 
 
 SCRIPTS = {
