@@ -855,8 +855,10 @@ def load_memories(checkpoint: Path, memories: dict):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
 
-    positive = "num_steps questions_per_step max_new_tokens temperature knn_k max_keys max_values norm_window is_cap"
-    positive += " max_grad_norm num_minibatches max_tokens_per_microbatch eval_every eval_samples save_every"
+    positive = (
+        "lora_alpha num_steps questions_per_step max_new_tokens temperature knn_k max_keys max_values norm_window "
+    )
+    positive += "is_cap max_grad_norm num_minibatches max_tokens_per_microbatch eval_every eval_samples save_every"
     check_arguments(args, positive)
     if args.group_size < 2:
         sys.exit(f"error: --group-size {args.group_size} must be at least 2: a reward is compared within its group.")

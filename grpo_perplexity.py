@@ -699,7 +699,9 @@ def save_final(folder: Path, policy, tokenizer, dtype):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
 
-    positive = "num_steps questions_per_step max_new_tokens temperature num_minibatches max_tokens_per_microbatch"
+    positive = (
+        "lora_alpha num_steps questions_per_step max_new_tokens temperature num_minibatches max_tokens_per_microbatch"
+    )
     check_arguments(args, positive + " is_cap max_grad_norm eval_every eval_samples save_every")
     if args.group_size < 2:
         sys.exit(f"error: --group-size {args.group_size} must be at least 2: completions of a question are compared.")

@@ -591,8 +591,9 @@ def save_final(folder: Path, policy, tokenizer, dtype):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
 
-    positive = "num_steps questions_per_step max_new_tokens temperature max_z num_minibatches max_tokens_per_microbatch"
-    check_arguments(args, positive + " is_cap max_grad_norm eval_every eval_samples save_every")
+    positive = "lora_alpha num_steps questions_per_step max_new_tokens temperature max_z num_minibatches is_cap "
+    positive += "max_grad_norm max_tokens_per_microbatch eval_every eval_samples save_every"
+    check_arguments(args, positive)
     num_skills = args.max_z if args.skill_prefix else 1  # N
     copies = args.group_size // num_skills  # completions of one (question, z)
     if args.group_size < 2 or args.group_size % num_skills:

@@ -733,7 +733,7 @@ def save_final(folder: Path, policy, tokenizer, dtype):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
 
-    positive = "max_new_tokens batch_size eps max_grad_norm max_tokens_per_microbatch eval_every save_every"
+    positive = "lora_alpha max_new_tokens batch_size eps max_grad_norm max_tokens_per_microbatch eval_every save_every"
     check_arguments(args, positive, signed="value_shift")
     if args.gamma > 1 or args.online_alpha >= 1 or args.eval_samples < 2:
         sys.exit("error: --gamma must be at most 1, --online-alpha below 1, and --eval-samples at least 2.")

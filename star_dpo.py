@@ -2,7 +2,7 @@
 
 Sample K answers y to every training question x, grade them by their letter, train on what the grades say, repeat:
 
-    sft            -log p(y | x) of the right answers, a mean over their tokens      (sft_unique: one a question)
+    sft            -log p(y | x) of the right answers, a mean over their tokens      (sft_unique: first of a question)
     dpo            -log sigmoid(beta h) of all right x wrong pairs of a question     (arXiv 2305.18290)
                    h = log [p / p_ref](y_right | x) - log [p / p_ref](y_wrong | x)
     weighted       -sum_i w_i log p(y_i | x) of all K answers, w = softmax(grade / lambda)
@@ -63,7 +63,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from eval_gsm8k import encode_prompt, load_jsonl, load_tokenizer, longest_prompt, plain_error
+from eval_gsm8k import encode_prompt, load_jsonl, load_tokenizer, plain_error
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -86,13 +86,12 @@ class Args:
     track: bool = False  # also log to Weights & Biases (project: WANDB_PROJECT); metrics.jsonl is always written
     # model
     model_name: str = "Qwen/Qwen2.5-7B-Instruct"  # Hugging Face id or folder of a chat model
-    ref_model_name: str = ""  # DPO's reference, another model with the same tokenizer (empty: see reference)
+    ref_model_name: str = ""  # DPO's reference: another model of the same vocabulary, beside the policy on the GPU
     lora_r: int = 16  # LoRA rank on all linear layers, base weights in bf16 on a GPU; 0 trains all weights, in fp32
-    lora_alpha: int = 16  # LoRA scale: W + (lora_alpha / lora_r) B A; the original has lora_r here
+    lora_alpha: int = 16  # LoRA scale: W + (lora_alpha / lora_r) B A; the original has lora_alpha = lora_r
     # data
     dataset: str = "mmlu"  # mmlu, mmlu_YO-NG or another language, or a .jsonl or .csv; split 80/10/10, always the same
-    eval_datasets: tuple[str, ...] = ()  # further languages or files: their validation questions are asked too
-    eval_split: Literal["val", "test", "train"] = "val"  # evaluated on; test: when all is chosen; train: overfitting
+    eval_split: Literal["val", "test", "train"] = "val"  # questions of evaluations; test: for a final number only
     eval_size: int = 0  # number of evaluation questions; 0: all
     num_train_questions: int = 0  # number of training questions; 0: all
     max_prompt_tokens: int = 3072  # questions with longer prompts are left out, and counted
@@ -108,18 +107,18 @@ class Args:
     samples_per_question: int = 4  # K, in training and for the validation loss
     max_new_tokens: int = 1024  # longest answer in tokens; one that does not end by then is wrong
     temperature: float = 1.0  # of the K samples; evaluations are greedy, and losses take temperature 1
-    questions_per_rollout: int = 512  # questions sampled at a time; a stopped run loses no more than that
+    questions_per_rollout: int = 512  # questions sampled at a time; a run that is stopped meanwhile loses no more
     preload_train: str = ""  # samples of the first iteration: a samples/*.jsonl, or a .csv with the original's columns
     preload_val: str = ""  # the same for the validation loss (empty: K samples from the model at the start)
-    rationalize: float = 0.0  # share of questions without a right sample that get one more, with the option marked
+    rationalize: float = 0.0  # share of questions without a right sample that are asked again with the option marked
     # STaR and DPO
     strategy: Literal["sft", "sft_unique", "weighted", "dpo", "dpo_listwise"] = "dpo"  # what is trained on, see above
     beta: float = 0.1  # of DPO: strength of the pull to the reference
     label_smoothing: float = 0.0  # of DPO: assumed share of pairs that are the wrong way round, below 0.5
     rpo_alpha: float = 0.0  # of DPO: weight of -log p / tokens of the right answer; 1 in IRPO
     score_lambda: float = 0.5  # lambda of the targets softmax(grade / lambda) in weighted and dpo_listwise
-    max_pairs: int = 0  # pairs of a question, drawn from every right x wrong; 0: all (IRPO: 10 of 30 samples)
-    reference: Literal["initial", "iteration_start"] = "initial"  # which weights; alike with reset_model
+    max_pairs: int = 0  # pairs of a question, drawn from every right x wrong; 0: all (IRPO: 10, from 30 samples)
+    reference: Literal["initial", "iteration_start"] = "initial"  # the policy whose weights are the reference's
     reset_model: bool = True  # every iteration starts from model_name again; False: goes on from the latest
     internal_epochs: int = 1  # passes over an iteration's data; 0: one iteration's sampling and grading, no training
     # optimizer
@@ -131,12 +130,12 @@ class Args:
     weight_decay: float = 0.01  # AdamW's decoupled weight decay
     max_grad_norm: float = 1.0  # gradient norm clip
     # memory and self-check
-    max_tokens_per_microbatch: int = 16384  # padded tokens in a rank's forward-backward; halve when out of memory
+    max_tokens_per_microbatch: int = 16384  # padded tokens in a forward-backward; a question's answers are never split
     gpu_memory_utilization: float = 0.6  # vLLM's share of the GPU while it samples; it sleeps while the policy trains
     max_logp_diff: float | None = None  # the self-check's limit, nats a token; None: 1e-4 in fp32, measured in bf16
     # evaluation and checkpoint
     evaluation: Literal["both", "accuracy", "loss", "none"] = "both"  # greedy accuracy, loss on fixed samples
-    eval_every: int = 60  # evaluate every so many steps, besides the start and the end of an iteration
+    eval_every: int = 60  # evaluate every so many steps, before the first iteration and at the end of each
     skip_first_eval: bool = False  # no evaluation before the first iteration
     save_every: int = 60  # write a checkpoint every so many steps, besides the end of an iteration
 
@@ -206,6 +205,8 @@ def load_questions(dataset: str) -> list[dict]:
     questions = []
     for where, row in rows.items():
         with plain_error(f"{where} needs 'question', four 'choices' (or A, B, C, D), 'answer' (0 to 3 or A to D)"):
+            if None in row:
+                raise ValueError("more cells than columns; quote texts with commas")
             row = {str(name).strip().lower(): value for name, value in row.items()}
             choices = row["choices"] if "choices" in row else [row[letter] for letter in "abcd"]
             if isinstance(choices, str):
@@ -216,8 +217,10 @@ def load_questions(dataset: str) -> list[dict]:
             if answer in ("0", "1", "2", "3"):
                 answer = "ABCD"[int(answer)]
             question = str(row["question"] or "")
-            if not question.strip() or len(choices) != 4 or None in choices or answer not in tuple("ABCD"):
+            if not isinstance(choices, list) or len(choices) != 4 or None in choices or answer not in tuple("ABCD"):
                 raise ValueError("a field is empty or has another value")
+            if not question.strip():
+                raise ValueError("the question is empty")
         subject = str(row.get("subject") or "none")
         questions.append({"id": len(questions), "question": question, "choices": list(map(str, choices))})
         questions[-1] |= {"answer": answer, "subject": subject}
@@ -227,7 +230,7 @@ def load_questions(dataset: str) -> list[dict]:
 
 
 def split_ids(n: int) -> dict[str, list[int]]:
-    """80/10/10: the original's fixed split of row numbers 0..n-1, so no question crosses it in another language."""
+    """Row numbers 0..n-1, split 80/10/10 as in the original; a question is in the same part in every language."""
 
     def cut(ids, share):
         order, size = np.random.default_rng(0).permutation(len(ids)), math.ceil(share * len(ids))
@@ -279,46 +282,50 @@ def choice_figures(samples: list[dict]) -> dict[str, float]:
     """
     from scipy.stats import binomtest
 
-    shares, questions = defaultdict(list), defaultdict(list)
-    for sample in samples:
-        shares["accuracy"].append(sample["scores"])
-        shares[f"subject_{sample['subjects']}"].append(sample["scores"])
-        shares["no_eos"].append(sample["finish_reason"] != "stop")
-        shares["no_answer"].append(sample["model_answers"] is None)
-        shares["length"].append(len(sample["token_ids"]))
-        questions[sample["indices"]].append(sample["scores"])
+    values, questions = defaultdict(list), defaultdict(list)
+    for row in samples:
+        values["accuracy"].append(row["scores"])
+        values[f"subject_{row['subjects']}"].append(row["scores"])
+        values["no_eos"].append(row["finish_reason"] != "stop")
+        values["no_answer"].append(row["model_answers"] is None)
+        values["length"].append(len(row["token_ids"]))
+        questions[row["indices"]].append(row["scores"])
     if len(questions) < len(samples):
-        shares["solved"] = [max(scores) for scores in questions.values()]
-        shares["mixed"] = [min(scores) < max(scores) for scores in questions.values()]
-    figures = {name: float(np.mean(values)) for name, values in shares.items()}
-    interval = binomtest(int(sum(shares["accuracy"])), len(samples)).proportion_ci(method="wilson")
+        values["solved"] = [max(scores) for scores in questions.values()]
+        values["mixed"] = [min(scores) < max(scores) for scores in questions.values()]
+    figures = {name: float(np.mean(column)) for name, column in values.items()}
+    interval = binomtest(int(sum(values["accuracy"])), len(samples)).proportion_ci(method="wilson")
     return figures | {"accuracy_low": interval.low, "accuracy_high": interval.high}
 
 
-def load_samples(path: str, dataset: list[dict], split: list[int], asked: list[dict], message, tokenizer):
+def load_samples(path: str, dataset: list[dict], split: list[int], asked: list[dict], message, tokenizer, limit: int):
     """Graded samples of the questions `asked`, from a samples/*.jsonl of ours or a .csv with the original's columns.
 
-    All must be of questions in `split` (ids), with message(question) in their prompts; those without text are left out.
-    Another model's end token becomes this tokenizer's.
+    All must be of questions in `split` (ids), with message(question) in their prompts, and have at most `limit` tokens;
+    those without text are left out. Another model's end token becomes this tokenizer's.
     """
     samples = []
     rows = load_rows(path)
-    wanted = {question["id"] for question in asked}
+    split, wanted = set(split), {question["id"] for question in asked}
     for where, row in rows.items():
-        with plain_error(f"{where} needs the columns indices, prompted_questions, raw_responses and scores"):
+        with plain_error(f"{where} needs the columns indices, prompted_questions, raw_responses and scores (0 or 1)"):
             number, score = int(float(row["indices"])), float(row["scores"])
             prompt, raw = " ".join(row["prompted_questions"].split()), str(row["raw_responses"] or "")
+            if score not in (0, 1) or number != float(row["indices"]):
+                raise ValueError("another number")
+            text = END_TEXT.sub("", raw.removesuffix(tokenizer.eos_token))
+            ended = text != raw
+            tokens = row.get("token_ids")
+            if not isinstance(tokens, list) or tokenizer.decode(tokens, clean_up_tokenization_spaces=False) != raw:
+                tokens = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * ended
         if number not in split:
             sys.exit(f"error: {where}: question {number} is not in this split; was it made for another dataset?")
         if " ".join(message(dataset[number]).split()) not in prompt:
             sys.exit(f"error: {where} has another prompt; give the same --dataset, --preamble and --meta-prompt.")
+        if len(tokens) > limit:
+            sys.exit(f"error: {where} has an answer of {len(tokens)} tokens; raise --max-new-tokens, or remove it.")
         if not raw or number not in wanted:
             continue
-        text = END_TEXT.sub("", raw.removesuffix(tokenizer.eos_token))
-        ended = text != raw
-        tokens = row.get("token_ids")
-        if not isinstance(tokens, list) or tokenizer.decode(tokens, clean_up_tokenization_spaces=False) != raw:
-            tokens = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * ended
         sample = {"indices": number, "subjects": dataset[number]["subject"], "raw_responses": raw, "scores": score}
         sample |= {"model_answers": row.get("model_answers") or None, "token_ids": tokens}
         samples.append(sample | {"finish_reason": "stop" if ended else "length"})
@@ -329,15 +336,15 @@ def load_samples(path: str, dataset: list[dict], split: list[int], asked: list[d
 
 
 # ---- What is trained on, and the loss --------------------------------------------------------------------------------
-def make_units(samples: list[dict], strategy: str, max_pairs: int, seed: int) -> list[list[int]]:
-    """What a loss is the mean over, as indices into samples: [right] (sft), [right, wrong] (dpo), [all of a question].
+def make_units(samples: list[dict], strategy: str, max_pairs: int, seed: list[int]) -> list[list[int]]:
+    """The training examples, each as indices into samples: [right] (sft), [right, wrong] (dpo), [all of a question].
 
-    Questions without a right sample are left out, those without a wrong one from dpo's.
+    Questions without a right sample are left out; of dpo and dpo_listwise also those without a wrong one.
     """
     groups = defaultdict(list)
     for i, sample in enumerate(samples):
         groups[sample["indices"]].append(i)
-    units, rng = [], np.random.default_rng([seed, 7])
+    units, rng = [], np.random.default_rng(seed)
     for group in groups.values():
         right = [i for i in group if samples[i]["scores"] == 1]
         wrong = [i for i in group if samples[i]["scores"] != 1]
@@ -356,7 +363,7 @@ def make_units(samples: list[dict], strategy: str, max_pairs: int, seed: int) ->
 
 
 def dpo_loss(logps, ref_logps, lengths, beta: float, label_smoothing: float, rpo_alpha: float):
-    """Loss [P] of each pair, and what the log wants of it: {name: [P]}.
+    """Loss [P] of each pair, and the figures to log, {name: [P]}.
 
     logps, ref_logps [P, 2]: sums over the tokens of the chosen (0) and the rejected (1) answer; lengths [P, 2]: tokens.
 
@@ -364,15 +371,14 @@ def dpo_loss(logps, ref_logps, lengths, beta: float, label_smoothing: float, rpo
         + rpo_alpha (-log p(chosen) / tokens)                                                  (2404.19733, equation 2)
     """
     ratios = logps - ref_logps
-    z = beta * (ratios[:, 0] - ratios[:, 1])
-    losses = -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
+    h = ratios[:, 0] - ratios[:, 1]
+    losses = -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
     nll = -logps[:, 0] / lengths[:, 0]
-    chosen, rejected = beta * ratios.detach().T
     stats = {
-        "chosen_reward": chosen,
-        "rejected_reward": rejected,
-        "margin": chosen - rejected,
-        "ranking_accuracy": (chosen > rejected).float(),
+        "chosen_reward": beta * ratios[:, 0].detach(),
+        "rejected_reward": beta * ratios[:, 1].detach(),
+        "margin": beta * h.detach(),
+        "ranking_accuracy": (h > 0).float(),
         "chosen_nll": nll.detach(),
         "chosen_logp": logps[:, 0].detach(),
         "rejected_logp": logps[:, 1].detach(),
@@ -383,7 +389,7 @@ def dpo_loss(logps, ref_logps, lengths, beta: float, label_smoothing: float, rpo
 def target_loss(logps, ref_logps, scores, strategy: str, beta: float, score_lambda: float):
     """Cross-entropy of the targets w = softmax(scores / lambda) over one question's K answers; all [K].
 
-    weighted       -sum_i w_i log p_i      w: projection of p_ref exp(score / lambda) / Z on the samples
+    weighted       -sum_i w_i log p_i      w: weights of p exp(score / lambda) / Z on samples of p
     dpo_listwise   -sum_i w_i log softmax_i(beta (log p_i - log p_ref_i))     dpo for K = 2, lambda to 0
     """
     targets = (scores / score_lambda).softmax(0)
@@ -506,13 +512,13 @@ class TreePolicy(nn.Module):
             hidden = self.base.base_model(
                 input_ids=ids, position_ids=depth, attention_mask=sees[:, None], use_cache=False
             ).last_hidden_state
-            # index_select, because the gradient of hidden[index] is not the same twice on two CPU threads
+            # index_select: on a CPU the gradient of hidden[index] is not the same twice with two threads
             hidden, targets = hidden.flatten(0, 1).index_select(0, parent[scored]), ids[scored]  # [n, H], [n]
             logps = []
             for chunk in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
                 logps.append(checkpoint(self.head, *chunk, temperature, use_reentrant=False, preserve_rng_state=False))
         logps = torch.zeros(ids.shape, device=ids.device).masked_scatter(scored, torch.cat(logps))  # [R, T]
-        return logps.flatten().index_select(0, paths.flatten()).view(paths.shape)
+        return logps.flatten().index_select(0, paths.flatten()).view(paths.shape).clone()  # FSDP warns of a view
 
     def head(self, hidden, targets, temperature: float):
         """log p(target) [n] in nats at hidden states [n, H]; formed in fp32, as bf16 is wrong in the third digit."""
@@ -555,10 +561,10 @@ def restore_weights(parameters, copies):
 def score_trees(policy, prompts, answers, temperature: float, args, pad_id: int) -> torch.Tensor:
     """Log-probabilities [B, C] of B answers given B prompts (lists of token ids), on the CPU, 0 after the end."""
     logps = torch.zeros(len(prompts), max(map(len, answers), default=0))
-    trees = plant_all(prompts, answers, range(len(prompts)))
+    trees = build_trees(prompts, answers, range(len(prompts)))
     for micro in micro_batches([len(tree["ids"]) for tree in trees], args.max_tokens_per_microbatch):
         micro_trees = [trees[k] for k in micro]
-        indices = [i for tree in micro_trees for i in tree["answers"]]
+        indices = [i for tree in micro_trees for i in tree["indices"]]
         micro_logps = policy(*pad_trees(micro_trees, pad_id), temperature)
         logps[indices, : micro_logps.shape[1]] = micro_logps[: len(indices)].cpu()
     if WORLD_SIZE > 1 and prompts:  # each rank has filled in its own rows; NCCL cannot reduce CPU tensors
@@ -569,17 +575,18 @@ def score_trees(policy, prompts, answers, temperature: float, args, pad_id: int)
 
 
 def run_units(policy, samples, units, ref_logps, args, pad_id: int, train: bool) -> dict[str, float]:
-    """Mean loss over `units` (of make_units) and the other means that are logged; train: with the backward pass.
+    """Loss of `units` (of make_units), their mean or in sft that over their tokens, and the other logged means.
 
-    samples: dicts with prompt_ids, token_ids and scores; ref_logps [len(samples)]: log p_ref of each, in nats.
+    samples: dicts with prompt_ids, token_ids and scores; ref_logps [len(samples)]: log p_ref of each, in nats; train:
+    with the backward pass.
     """
     prompts = [sample["prompt_ids"] for sample in samples]
     answers = [sample["token_ids"] for sample in samples]
-    trees = plant_all(prompts, answers, sorted({i for unit in units for i in unit}))
-    owner = {i: k for k, tree in enumerate(trees) for i in tree["answers"]}
+    trees = build_trees(prompts, answers, sorted({i for unit in units for i in unit}))
+    tree_of = {i: k for k, tree in enumerate(trees) for i in tree["indices"]}
     tree_units = defaultdict(list)
     for unit in units:
-        tree_units[owner[unit[0]]].append(unit)
+        tree_units[tree_of[unit[0]]].append(unit)
     denominator = len(units)
     if args.strategy in ("sft", "sft_unique"):
         denominator = sum(len(answers[i]) for (i,) in units)
@@ -587,19 +594,19 @@ def run_units(policy, samples, units, ref_logps, args, pad_id: int, train: bool)
     sums = defaultdict(float)
     for micro in micro_batches([len(tree["ids"]) for tree in trees], args.max_tokens_per_microbatch):
         micro_trees = [trees[k] for k in micro]
-        indices = [i for tree in micro_trees for i in tree["answers"]]
-        place = {i: row for row, i in enumerate(indices)}
-        rows = [[place[i] for i in unit] for k in micro for unit in tree_units[k]]
+        indices = [i for tree in micro_trees for i in tree["indices"]]
+        row_of = {i: row for row, i in enumerate(indices)}
+        micro_units = [[row_of[i] for i in unit] for k in micro for unit in tree_units[k]]
         refs = ref_logps[indices].to(DEVICE)  # [B]
         stats = {}
         with torch.set_grad_enabled(train):
             logps = policy(*pad_trees(micro_trees, pad_id), 1.0).double().sum(1)  # [B]
-            if not rows:  # a rank without trees keeps step with the others
-                losses = logps  # 0
+            if not micro_units:  # a rank without trees: every rank needs a backward pass, of a pad's 0
+                losses = logps
             elif args.strategy in ("sft", "sft_unique"):
                 losses = -logps
             elif args.strategy == "dpo":
-                pairs = torch.tensor(rows, device=DEVICE)  # [P, 2]
+                pairs = torch.tensor(micro_units, device=DEVICE)  # [P, 2]
                 pair_logps = logps.index_select(0, pairs.flatten()).view(pairs.shape)
                 lengths = torch.tensor([len(answers[i]) for i in indices], device=DEVICE)
                 losses, stats = dpo_loss(
@@ -608,10 +615,11 @@ def run_units(policy, samples, units, ref_logps, args, pad_id: int, train: bool)
             else:
                 losses = []
                 scores = torch.tensor([samples[i]["scores"] for i in indices], device=DEVICE).double()
-                for row in torch.tensor(rows, device=DEVICE):
-                    of_question = logps.index_select(0, row)
+                for unit in micro_units:  # not all of one length: a rationalised question has an answer more
+                    unit = torch.tensor(unit, device=DEVICE)
+                    unit_logps = logps.index_select(0, unit)
                     losses.append(
-                        target_loss(of_question, refs[row], scores[row], args.strategy, args.beta, args.score_lambda)
+                        target_loss(unit_logps, refs[unit], scores[unit], args.strategy, args.beta, args.score_lambda)
                     )
                 losses = torch.stack(losses)
             loss = losses.sum() / denominator
@@ -627,7 +635,7 @@ def run_units(policy, samples, units, ref_logps, args, pad_id: int, train: bool)
 
 
 # ---- Batches ---------------------------------------------------------------------------------------------------------
-def plant(prompt: list[int], answers: list[list[int]]) -> dict:
+def build_tree(prompt: list[int], answers: list[list[int]]) -> dict:
     """A prompt and its answers as one row of tokens: a tree, in which what several sequences begin with stands once.
 
     Example: prompt [1, 2], answers [[3, 4], [3, 5]]
@@ -661,25 +669,25 @@ def plant(prompt: list[int], answers: list[list[int]]) -> dict:
     return {"ids": ids, "depth": depth, "parent": parent, "end": end, "paths": paths, "prompt_len": len(prompt)}
 
 
-def plant_all(prompts, answers, indices) -> list[dict]:
-    """A tree for each prompt of `indices`; its "answers" are the indices that it holds."""
+def build_trees(prompts, answers, indices) -> list[dict]:
+    """A tree for each prompt of `indices`; its "indices" are those that it holds."""
     groups = defaultdict(list)
     for i in indices:
         groups[tuple(prompts[i])].append(i)
     trees = []
     for prompt, group in groups.items():
-        trees.append(plant(list(prompt), [answers[i] for i in group]) | {"answers": group})
+        trees.append(build_tree(list(prompt), [answers[i] for i in group]) | {"indices": group})
     return trees
 
 
 def pad_trees(trees: list[dict], pad_id: int) -> list[torch.Tensor]:
     """ids, depth, parent, end, scored [R, T] and paths [B, C] of R trees with B answers, on DEVICE.
 
-    parent and paths point into ids.flatten(). Pads see only pads. Behind an answer's end its path is 0, a prompt's
-    first token, which is never scored.
+    parent and paths point into ids.flatten(). Pads see only pads. Past its end, an answer's path points to
+    column 0, the first prompt token, which is never scored, so it adds 0.
     """
     if not trees:  # a rank without trees runs a pad, which adds 0 to every sum and gradient
-        trees = [plant([pad_id], [[]])]
+        trees = [build_tree([pad_id], [[]])]
     width = max(len(tree["ids"]) for tree in trees)
     padding = {"ids": pad_id, "depth": 0, "parent": 0, "end": width}
     columns = {}
@@ -783,7 +791,7 @@ def sync_weights(llm, policy):
 
 # ---- Graded samples --------------------------------------------------------------------------------------------------
 def grade(question, prompt, output, tokenizer, extraction: str) -> dict:
-    """A sample with the original's columns, token_ids and finish_reason; an answer that did not end is wrong."""
+    """One sample, under the names of the original's columns; an answer that did not end is wrong."""
     text = tokenizer.decode(output["tokens"], clean_up_tokenization_spaces=False)
     letter = None
     if output["finish_reason"] == "stop":
@@ -805,14 +813,15 @@ def generate(llm, policy, tokenizer, encode, path, questions, n, temperature, ar
     """n graded samples of each question, kept in the file `path`; those that it holds already are not drawn again.
 
     encode(question, hint) -> token ids of the prompt. The first sample of each rollout has "logp_diff", the mean of
-    |log p_trainer - log p_vllm| over the tokens of the rollout's first CHECKED samples.
+    |log p_trainer - log p_vllm| over the tokens of the rollout's first questions, up to four answers of each.
     """
     chunk = args.questions_per_rollout
     lines = path.read_text().split("\n")[:-1] if path.exists() else []  # without one that a kill cut off
-    lines = gather(lines)[0]
+    lines = gather(lines if RANK == 0 else [])[0]
     if len(lines) < len(questions) * n:
         lines = lines[: len(lines) // (chunk * n) * chunk * n]  # whole rollouts
-    samples = [json.loads(line) for line in lines]
+    with plain_error(f"{path} holds a damaged line; restore it, or choose another --run-name"):
+        samples = [json.loads(line) for line in lines]
     if len(samples) == len(questions) * n:
         return samples
 
@@ -831,9 +840,12 @@ def generate(llm, policy, tokenizer, encode, path, questions, n, temperature, ar
 
         # the self-check: stale weights, another temperature or another prompt show here, before anything is trained
         if temperature:
-            completions = [output["tokens"] for output in outputs[:CHECKED]]
-            vllm_logps = pad_sequence([torch.tensor(output["logps"]) for output in outputs[:CHECKED]], batch_first=True)
-            logps = score_trees(policy, prompts[:CHECKED], completions, temperature, args, tokenizer.eos_token_id)
+            # up to four answers of a question, so that trees branch; and questions of every rank's engine
+            checked = [i for i in range(len(asked)) if i % n < 4][: max(CHECKED, 4 * WORLD_SIZE)]
+            completions = [outputs[i]["tokens"] for i in checked]
+            vllm_logps = pad_sequence([torch.tensor(outputs[i]["logps"]) for i in checked], batch_first=True)
+            checked_prompts = [prompts[i] for i in checked]
+            logps = score_trees(policy, checked_prompts, completions, temperature, args, tokenizer.eos_token_id)
             logp_diff = (logps - vllm_logps).abs().sum().item() / sum(map(len, completions))
             rollout[0]["logp_diff"] = logp_diff
             if state["logp_limit"] is None:  # the weights are the loaded ones: in bf16 the difference is rounding
@@ -1002,8 +1014,11 @@ def save_final(folder: Path, policy, tokenizer, dtype):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
 
-    positive = "max_prompt_tokens samples_per_question max_new_tokens temperature questions_per_rollout beta batch_size"
-    check_arguments(args, positive + " score_lambda max_grad_norm max_tokens_per_microbatch eval_every save_every")
+    positive = (
+        "lora_alpha max_prompt_tokens samples_per_question max_new_tokens temperature questions_per_rollout beta "
+    )
+    positive += "batch_size score_lambda max_grad_norm max_tokens_per_microbatch eval_every save_every"
+    check_arguments(args, positive)
     trains = args.num_iterations > 0 and args.internal_epochs > 0
     if trains and args.strategy in ("weighted", "dpo", "dpo_listwise") and args.samples_per_question < 2:
         sys.exit(f"error: --strategy {args.strategy} compares answers: --samples-per-question must be at least 2.")
@@ -1020,8 +1035,10 @@ if __name__ == "__main__":
     check_model(args.model_name)
     check_attention(args.model_name)
     if args.ref_model_name:
+        ref_tokenizer, _ = load_tokenizer(args.ref_model_name, None)
+        check_model(args.ref_model_name)
         check_attention(args.ref_model_name)
-        if load_tokenizer(args.ref_model_name, "")[0].get_vocab() != tokenizer.get_vocab():
+        if ref_tokenizer.get_vocab() != tokenizer.get_vocab():
             sys.exit(f"error: --ref-model-name {args.ref_model_name} has another vocabulary than {args.model_name}.")
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
@@ -1035,8 +1052,8 @@ if __name__ == "__main__":
     def encode(question, hint=False):  # token ids of the prompt
         return encode_text(message(question, hint))
 
-    def choose(dataset, split, most):
-        questions = [dataset[i] for i in split_ids(len(dataset))[split]][: most or None]
+    def select_questions(split, limit):
+        questions = [dataset[i] for i in ids[split]][: limit or None]
         fitting = [question for question in questions if len(encode(question)) <= args.max_prompt_tokens]
         print(f"{split}: {len(fitting)} questions, {len(questions) - len(fitting)} over --max-prompt-tokens left out")
         if not fitting:
@@ -1045,21 +1062,23 @@ if __name__ == "__main__":
 
     dataset = load_questions(args.dataset)
     ids = split_ids(len(dataset))
-    questions = choose(dataset, "train", args.num_train_questions)
-    eval_questions = {"": choose(dataset, args.eval_split, args.eval_size)}
-    for name in args.eval_datasets:
-        other = load_questions(name)
-        if [row["answer"] for row in other] != [row["answer"] for row in dataset] and len(other) == len(dataset):
-            sys.exit(f"error: {name} is not {args.dataset} row by row: its questions may be training questions.")
-        eval_questions[f"{Path(name).stem}_"] = choose(other, args.eval_split, args.eval_size)
-    texts = [message(row, args.rationalize > 0) for row in sum(eval_questions.values(), questions)]
-    longest = longest_prompt([{"question": text} for text in texts], encode_text, args.max_new_tokens, context)
+    questions = select_questions("train", args.num_train_questions)
+    eval_questions = select_questions(args.eval_split, args.eval_size)
+    longest = max(len(encode(question, args.rationalize > 0)) for question in questions + eval_questions)
+    if longest + args.max_new_tokens > context:
+        sys.exit(
+            f"error: a prompt of {longest} tokens and --max-new-tokens {args.max_new_tokens} are more than the model's "
+            f"{context}; lower --max-new-tokens or --max-prompt-tokens."
+        )
     preloaded, val_samples = [], []
     if args.preload_train:
-        preloaded = load_samples(args.preload_train, dataset, ids["train"], questions, message, tokenizer)
+        limit = args.max_new_tokens
+        preloaded = load_samples(args.preload_train, dataset, ids["train"], questions, message, tokenizer, limit)
     if args.preload_val:
-        chosen = eval_questions[""]
-        val_samples = load_samples(args.preload_val, dataset, ids[args.eval_split], chosen, message, tokenizer)
+        split = ids[args.eval_split]
+        val_samples = load_samples(
+            args.preload_val, dataset, split, eval_questions, message, tokenizer, args.max_new_tokens
+        )
 
     # processes and run folder
     if WORLD_SIZE > 1:
@@ -1100,7 +1119,7 @@ if __name__ == "__main__":
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     initial = copy_weights(trainable)
     optimizer = torch.optim.AdamW(trainable, args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
-    # FSDP settles gradient dtypes in its first pass: adapters on
+    # FSDP fixes gradient dtypes in its first forward pass
     score_trees(policy, [[pad_id]], [[pad_id]], 1.0, args, pad_id)
 
     size = 12 * sum(parameter.numel() for parameter in trainable)  # of a checkpoint: weights and moments
@@ -1131,15 +1150,15 @@ if __name__ == "__main__":
         if args.track:
             wandb.log(record)
 
-    def ask(name, questions, n, temperature, hint=False):
+    def get_samples(name, questions, n, temperature, hint=False):
         path = run_dir / "samples" / f"{name}.jsonl"
         return generate(llm, policy, tokenizer, encode, path, questions, n, temperature, args, state, signals, hint)
 
     def reference_logps(samples, units):  # log p_ref [len(samples)] of those in `units`, once for each answer
         logps = torch.zeros(len(samples), dtype=torch.double)
-        used = sorted({i for unit in units for i in unit}) if args.strategy in ("dpo", "dpo_listwise") else []
-        for start in range(0, len(used), 1024):
-            indices = used[start : start + 1024]
+        scored = sorted({i for unit in units for i in unit}) if args.strategy in ("dpo", "dpo_listwise") else []
+        for start in range(0, len(scored), 1024):
+            indices = scored[start : start + 1024]
             prompts = [samples[i]["prompt_ids"] for i in indices]
             answers = [samples[i]["token_ids"] for i in indices]
             logps[indices] = score_trees(reference, prompts, answers, 1.0, args, pad_id).double().sum(1)
@@ -1149,9 +1168,8 @@ if __name__ == "__main__":
         t0 = time.perf_counter()
         record = {"step": step}
         if args.evaluation in ("both", "accuracy"):
-            for name, asked in eval_questions.items():
-                figures = choice_figures(ask(f"val_{step}_{name}".rstrip("_"), asked, 1, 0.0))
-                record |= {f"eval/{name}{key}": value for key, value in figures.items()}
+            figures = choice_figures(get_samples(f"val_{step}", eval_questions, 1, 0.0))
+            record |= {f"eval/{key}": value for key, value in figures.items()}
         if val_units:
             val_refs = torch.tensor(state["val_ref_logps"]).double()
             figures = run_units(policy, val_samples, val_units, val_refs, args, pad_id, train=False)
@@ -1164,10 +1182,12 @@ if __name__ == "__main__":
     val_units = []
     if args.evaluation in ("both", "loss"):
         if not val_samples:
-            val_samples = ask("val_samples", eval_questions[""], args.samples_per_question, args.temperature)
+            val_samples = get_samples("val_samples", eval_questions, args.samples_per_question, args.temperature)
         for row in val_samples:
             row["prompt_ids"] = encode(dataset[row["indices"]])
-        val_units = make_units(val_samples, args.strategy, args.max_pairs, args.seed)
+        val_units = make_units(val_samples, args.strategy, args.max_pairs, [args.seed, 0, 0, 1])
+        if not val_units:
+            print("no validation question has the samples that --strategy needs: eval/loss is not logged", flush=True)
         if state["val_ref_logps"] is None:
             state["val_ref_logps"] = reference_logps(val_samples, val_units)
     if state["evaluation_due"] and args.evaluation != "none":
@@ -1175,24 +1195,24 @@ if __name__ == "__main__":
 
     step = state["step"]
     for iteration in range(state["iteration"], args.num_iterations):
-        first = state["position"]  # steps of this iteration that a resumed run has behind it
+        start_position = state["position"]  # steps of this iteration that a resumed run has behind it
         t0 = time.perf_counter()
 
-        # rollout: K graded samples of each question from the latest model
+        # sampling: K graded samples of each question from the latest model
         samples = preloaded
         if iteration > 0 or not preloaded:
-            samples = ask(f"train_{iteration + 1}", questions, args.samples_per_question, args.temperature)
+            samples = get_samples(f"train_{iteration + 1}", questions, args.samples_per_question, args.temperature)
         figures = choice_figures(samples)
-        checked = [sample["logp_diff"] for sample in samples if "logp_diff" in sample]
+        logp_diffs = [row["logp_diff"] for row in samples if "logp_diff" in row]
 
         # rationalisation: with the option marked; kept if it is right and does not speak of the mark
         rationalized = []
         if args.rationalize:
-            solved = {sample["indices"] for sample in samples if sample["scores"] == 1}
+            solved = {row["indices"] for row in samples if row["scores"] == 1}
             failed = [question for question in questions if question["id"] not in solved]
-            order = np.random.default_rng([args.seed, iteration, 3]).permutation(len(failed))
+            order = np.random.default_rng([args.seed, iteration, 0, 2]).permutation(len(failed))
             marked = [failed[i] for i in order[: round(args.rationalize * len(failed))]]
-            for answer in ask(f"hinted_{iteration + 1}", marked, 1, args.temperature, hint=True):
+            for answer in get_samples(f"hinted_{iteration + 1}", marked, 1, args.temperature, hint=True):
                 if answer["scores"] == 1 and not LEAK.search(answer["raw_responses"]):
                     rationalized.append(answer)
         samples = samples + rationalized
@@ -1200,22 +1220,36 @@ if __name__ == "__main__":
         # what is trained on
         for row in samples:
             row["prompt_ids"] = encode(dataset[row["indices"]])  # without a hint
-        units = make_units(samples, args.strategy, args.max_pairs, args.seed + iteration)
-        owners = [samples[unit[0]]["indices"] for unit in units]  # question ids
+        units = make_units(samples, args.strategy, args.max_pairs, [args.seed, iteration, 0, 1])
+        question_ids = [samples[unit[0]]["indices"] for unit in units]
         steps_per_epoch = math.ceil(len(units) / args.batch_size)
-        total = args.internal_epochs * steps_per_epoch
-        if first == 0:
+        total_steps = args.internal_epochs * steps_per_epoch
+        if start_position == 0:
             record = {"step": step, "iteration": iteration + 1, "rollout/units": len(units)}
             record["rollout/rationalized"] = len(rationalized) / len(samples)
-            if checked:
-                record["rollout/logp_diff"] = float(np.mean(checked))
+            if logp_diffs:
+                record["rollout/logp_diff"] = float(np.mean(logp_diffs))
             record |= {f"rollout/{key}": value for key, value in figures.items()}
             log(record | {"time/rollout": time.perf_counter() - t0})
-            print(f"iteration {iteration + 1}: {len(samples)} samples, {len(units)} units, {total} steps", flush=True)
+            print(
+                f"iteration {iteration + 1}: {len(samples)} samples, {len(units)} examples, {total_steps} steps",
+                flush=True,
+            )
             if args.internal_epochs == 0:
                 break
-            if not units:
-                sys.exit("error: no question has the samples that --strategy needs; raise --samples-per-question.")
+            if not units and step == 0:
+                sys.exit(
+                    "error: no question has the samples that --strategy needs; raise --samples-per-question, or "
+                    "--max-new-tokens where answers do not end (rollout/no_eos)."
+                )
+            if not units:  # all is learned, or nothing can be: the model is as good as it gets
+                print("no question has the samples that --strategy needs: training ends here", flush=True)
+                break
+            if state["logp_limit"] is None:  # samples out of a file have not compared this engine with the trainer
+                if RANK == 0:
+                    (run_dir / "samples" / "check.jsonl").unlink(missing_ok=True)
+                few = questions[: max(16, WORLD_SIZE)]
+                get_samples("check", few, min(4, args.samples_per_question), args.temperature)
 
             # the reference's log-probabilities, then the weights that this iteration starts from
             t0 = time.perf_counter()
@@ -1229,19 +1263,20 @@ if __name__ == "__main__":
             log({"step": step, "iteration": iteration + 1, "time/reference": time.perf_counter() - t0})
         ref_logps = torch.tensor(state["ref_logps"]).double()
 
-        bar = tqdm(range(first, total), initial=first, total=total, file=sys.stdout, disable=None)
+        steps = range(start_position, total_steps)
+        bar = tqdm(steps, initial=start_position, total=total_steps, file=sys.stdout, disable=None)
         for position in bar:
             t0 = time.perf_counter()
-            lr = args.lr * lr_multiplier(position, args.warmup_steps, total, args.lr_schedule)
+            lr = args.lr * lr_multiplier(position, args.warmup_steps, total_steps, args.lr_schedule)
             optimizer.param_groups[0]["lr"] = lr
 
             # batch: units in an order that is drawn anew in every epoch
-            epoch, place = divmod(position, steps_per_epoch)
+            epoch, batch_number = divmod(position, steps_per_epoch)
             rng = np.random.default_rng([args.seed, iteration, epoch])
             order = rng.permutation(len(units))
             if args.shuffle == "questions" and args.strategy == "dpo":
-                order = np.argsort(rng.permutation(len(dataset))[owners], kind="stable")
-            batch = [units[i] for i in order[place * args.batch_size :][: args.batch_size]]
+                order = np.argsort(rng.permutation(len(dataset))[question_ids], kind="stable")
+            batch = [units[i] for i in order[batch_number * args.batch_size :][: args.batch_size]]
 
             # update
             figures = run_units(policy, samples, batch, ref_logps, args, pad_id, train=True)
@@ -1271,21 +1306,20 @@ if __name__ == "__main__":
             else:
                 bar.set_postfix_str(line)
 
-            # evaluation and checkpoint
+            # checkpoint, then evaluation: a signal that comes meanwhile ends the run there
             stop = max(gather(max(signals, default=0)))
-            last = position + 1 == total
+            last = position + 1 == total_steps
             due = args.evaluation != "none" and (last or step % args.eval_every == 0)
-            if due and not stop:
-                run_evaluation(step)
-            if last or stop or step % args.save_every == 0:
+            if last or stop or due or step % args.save_every == 0:
                 state |= {"step": step, "iteration": iteration + last, "position": 0 if last else position + 1}
-                state["evaluation_due"] = bool(due and stop)
+                state["evaluation_due"] = due
                 state["metrics_bytes"] = metrics_path.stat().st_size if RANK == 0 else 0
                 save_checkpoint(run_dir / "checkpoints", policy, optimizer, state)
             if stop:
                 print(f"signal {stop}: stopped after step {step}; --run-name {run_dir.name} goes on from there.")
                 sys.exit(128 + stop)
-        state["position"] = 0
+            if due:
+                run_evaluation(step)
 
     # the end
     if trains:

@@ -21,6 +21,8 @@ from star_dpo import (
     LEAK,
     Args,
     TreePolicy,
+    build_tree,
+    build_trees,
     check_attention,
     choice_figures,
     dpo_loss,
@@ -31,8 +33,6 @@ from star_dpo import (
     lr_multiplier,
     make_units,
     pad_trees,
-    plant,
-    plant_all,
     run_units,
     score_trees,
     split_ids,
@@ -103,7 +103,7 @@ def test_token_level_case():
             ),
             get_output_embeddings=lambda: torch.nn.Identity(),
         )
-        trees = [plant(prompt, [answer]) for prompt, answer in sequences]
+        trees = [build_tree(prompt, [answer]) for prompt, answer in sequences]
         sums.append(policy(*pad_trees(trees, 0), 1.0).double().sum(1))
     lengths = torch.tensor([len(answer) for _, answer in sequences])
     assert sums[0].tolist() == pytest.approx(expected["policy_seq_logps"], abs=1e-6)
@@ -219,11 +219,11 @@ def test_lora_parameter_count():
 @pytest.mark.parametrize("case", CASES["pairing_cases"], ids=lambda case: "".join(map(str, case["scores"])))
 def test_pairs(case):
     samples = [{"indices": 0, "scores": float(score)} for score in case["scores"]]
-    pairs = make_units(samples, "dpo", 0, 0)
+    pairs = make_units(samples, "dpo", 0, [0])
     assert len(pairs) == case["num_pairs"]
     if isinstance(case["pairs_chosen_rejected"], list):
         assert pairs == case["pairs_chosen_rejected"]
-    few = make_units(samples, "dpo", 2, 0)
+    few = make_units(samples, "dpo", 2, [0])
     assert len(few) == len({tuple(pair) for pair in few}) == min(2, len(pairs)) and all(pair in pairs for pair in few)
 
 
@@ -233,13 +233,13 @@ def answers(*scores, question=0):
 
 def test_units():
     rows = answers(0, 1, 1) + answers(1, 1, question=5) + answers(0, 0, question=3) + answers(0, 1, question=8)
-    units = {s: make_units(rows, s, 0, 0) for s in ("sft", "sft_unique", "weighted", "dpo", "dpo_listwise")}
+    units = {s: make_units(rows, s, 0, [0]) for s in ("sft", "sft_unique", "weighted", "dpo", "dpo_listwise")}
     assert units["sft"] == [[1], [2], [3], [4], [8]]
     assert units["sft_unique"] == [[1], [3], [8]]
     assert units["dpo"] == [[1, 0], [2, 0], [8, 7]]
     assert units["dpo_listwise"] == [[1, 2, 0], [8, 7]]
     assert units["weighted"] == [[1, 2, 0], [3, 4], [8, 7]]
-    assert make_units(rows, "dpo", 1, 0)[1:] == [[8, 7]] and len(make_units(rows, "dpo", 1, 0)) == 2
+    assert make_units(rows, "dpo", 1, [0])[1:] == [[8, 7]] and len(make_units(rows, "dpo", 1, [0])) == 2
 
 
 # ---- prefix trees ----------------------------------------------------------------------------------------------------
@@ -268,14 +268,14 @@ def random_answers(generator):
 
 def test_plant_shares_beginnings():
     """The docstring's example, and the definition: a column sees what leads to it and nothing else."""
-    tree = plant([1, 2], [[3, 4], [3, 5]])
+    tree = build_tree([1, 2], [[3, 4], [3, 5]])
     assert tree["ids"] == [1, 2, 3, 4, 5] and tree["depth"] == [0, 1, 2, 3, 3] and tree["parent"] == [0, 0, 1, 2, 2]
     assert tree["end"] == [5, 5, 5, 4, 5] and tree["paths"] == [[2, 3], [2, 4]]
     generator = random.Random(0)
     for _ in range(50):
         prompt = [generator.randrange(3) for _ in range(generator.randint(1, 4))]
         answers = [[generator.randrange(3) for _ in range(generator.randint(0, 5))] for _ in range(6)]
-        tree = plant(prompt, answers)
+        tree = build_tree(prompt, answers)
         prefixes = {tuple((prompt + answer)[: n + 1]) for answer in answers for n in range(len(prompt + answer))}
         assert len(tree["ids"]) == len(prefixes)
         for answer, path in zip(answers, tree["paths"]):
@@ -314,9 +314,9 @@ def test_trees_equal_rows(kind):
     for pad_id, splits in ((0, [range(7)]), (411, [range(7)]), (2, [range(3), range(3, 7)])):
         logps = torch.zeros(7, dtype=torch.double)
         for indices in splits:
-            trees = plant_all(prompts, answers, indices)
+            trees = build_trees(prompts, answers, indices)
             found = policy(*pad_trees(trees, pad_id), 1.0).double()
-            order = [i for tree in trees for i in tree["answers"]]
+            order = [i for tree in trees for i in tree["indices"]]
             logps = logps.index_add(0, torch.tensor(order), found.sum(1))
             for i, row in zip(order, found):
                 torch.testing.assert_close(row[: len(answers[i])], rows[i], atol=2e-6, rtol=0)  # formed in fp32
@@ -358,7 +358,7 @@ def test_loss_of_units_by_hand(strategy):
             answer = start + [generator.randrange(3, 500) for _ in range(generator.randint(1, 9))]
             samples.append({"indices": number, "prompt_ids": prompt, "token_ids": answer, "scores": float(k % 2)})
     refs = torch.tensor([-5.0 * len(sample["token_ids"]) for sample in samples]).double()
-    units = make_units(samples, strategy, 0, 0)
+    units = make_units(samples, strategy, 0, [0])
     random.Random(1).shuffle(units)
     args = Args(strategy=strategy, rpo_alpha=0.5 if strategy == "dpo" else 0.0)
 
@@ -611,7 +611,7 @@ def test_generations_of_the_original(tmp_path, capsys):
         tmp_path / "a.csv", (4, asked[4], "B", "So 2.\nAnswer: B<|eot_id|>", 1.0), (4, asked[4], "", "On and on", 0.0),
         (4.0, asked[4], "", "", 0.0), (9, asked[9], "A", "Answer: A<|eot_id|>", 0.0),
     )  # fmt: skip
-    rows = load_samples(path, dataset, [4, 9], [split[4]], message, tokenizer)
+    rows = load_samples(path, dataset, [4, 9], [split[4]], message, tokenizer, 64)
     assert [row["indices"] for row in rows] == [4, 4] and "2 of 4 samples" in capsys.readouterr().out
     assert tokenizer.decode(rows[0]["token_ids"]) == "So 2.\nAnswer: B<|im_end|>"
     assert rows[0]["token_ids"][-1] == tokenizer.eos_token_id and rows[0]["finish_reason"] == "stop"
@@ -621,14 +621,16 @@ def test_generations_of_the_original(tmp_path, capsys):
         "is not in this split": (7, asked[4], "B", "x", 1.0), "another prompt": (4, "What is 1 + 1?", "B", "x", 1.0),
         "needs the columns": ("four", asked[4], "B", "x", 1.0),
         "needs the columns indices": (4, asked[4], "B", "x", "good"),
+        r"scores \(0 or 1\)": (4, asked[4], "B", "x", "nan"), "another number": (4.5, asked[4], "B", "x", 1.0),
+        "an answer of 100 tokens; raise --max-new-tokens": (4, asked[4], "B", "1" * 100, 1.0),
     }  # fmt: skip
     for text, row in problems.items():
         bad = original_csv(tmp_path / "b.csv", row)
         with pytest.raises(SystemExit, match=text) as stopped:
-            load_samples(bad, dataset, [4, 9], list(split.values()), message, tokenizer)
+            load_samples(bad, dataset, [4, 9], list(split.values()), message, tokenizer, 64)
         assert "b.csv, line" in stopped.value.code
     with pytest.raises(SystemExit, match="holds no sample"):
-        load_samples(path, dataset, [4, 9], [], message, tokenizer)
+        load_samples(path, dataset, [4, 9], [], message, tokenizer, 64)
 
 
 # ---- what a user can get wrong ---------------------------------------------------------------------------------------
@@ -643,7 +645,9 @@ ARGUMENTS = {
         ["--dataset", "mmlu_XX-YY"],
         "there is no mmlu_XX-YY; give a .jsonl or .csv, mmlu, or mmlu_",
     ),
-    "no such file": (["--eval-datasets", "no.jsonl"], "there is no no.jsonl"),
+    "no such file": (["--dataset", "no.jsonl"], "there is no no.jsonl"),
+    "no such reference": (["--ref-model-name", "nobody/nothing"], "nobody/nothing cannot be used"),
+    "lora_alpha 0": (["--lora-alpha", 0], "--lora-alpha is 0; it must be over 0"),
     "hub": (["--dataset", "mmlu_YO-NG"], "dataset mmlu_YO-NG (openai/MMMLU, YO_NG) did not load"),
     "nothing fits": (["--max-prompt-tokens", 5], "no train question is left; raise --max-prompt-tokens"),
     "context": (["--max-new-tokens", 1010], "more than the model's 1024; lower --max-new-tokens"),

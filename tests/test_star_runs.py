@@ -20,9 +20,12 @@ NOT_REPEATABLE = ("time/", "charts/tokens_per_second")
 MODES = {
     "dpo": [  # everything that changes from iteration to iteration
         "--lora-r", 0, "--no-reset-model", "--reference", "iteration_start", "--rpo-alpha", 1, "--max-pairs", 2,
-        "--rationalize", 1, "--eval-datasets", "second.csv", "--samples-per-question", 3, "--seed", 2,
+        "--rationalize", 1, "--samples-per-question", 3, "--seed", 2,
     ],
-    "sft": ["--strategy", "sft", "--lora-r", 4, "--internal-epochs", 2, "--evaluation", "accuracy"],
+    "sft": [
+        "--strategy", "sft", "--lora-r", 4, "--internal-epochs", 2, "--evaluation", "accuracy", "--dataset",
+        "second.csv",
+    ],
 }  # fmt: skip
 WRITTEN = {}  # name of a run: keys of its metrics.jsonl
 
@@ -111,8 +114,6 @@ def test_reference_run(mode, reference):
             assert first["losses/loss"] - first["dpo/chosen_nll"] == pytest.approx(0.6931471806, abs=1e-6)
             assert abs(first["dpo/margin"]) < 1e-6 and abs(first["dpo/chosen_reward"]) < 1e-6
         assert rollouts[0]["rollout/rationalized"] > 0
-        evaluations = [r for r in rows if "eval/accuracy" in r]
-        assert all(r["eval/second_accuracy"] == r["eval/accuracy"] for r in evaluations)  # the same questions
         assert all(r["rollout/units"] <= 2 * 16 for r in rollouts)
     for path in (reference / "samples").iterdir():
         ids = {json.loads(line)["indices"] for line in path.open()}
@@ -122,15 +123,25 @@ def test_reference_run(mode, reference):
 
 
 def test_signals(mode, command, reference, tmp_path):
-    """SIGUSR1 between two steps: the run ends with 128 + 10 and goes on where it was; wandb has its files."""
+    """SIGUSR1 in an evaluation and between two steps: 128 + 10, no step is lost; wandb has its files."""
     if mode != "dpo":
         pytest.skip("the same text of code as in the other mode")
     wandb = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
     process = training("--output-dir", tmp_path, "--track", command=command, env=os.environ | wandb)
     folder = tmp_path / "run"
-    while not (folder / "metrics.jsonl").exists() or '"losses/loss"' not in (folder / "metrics.jsonl").read_text():
+    while not (folder / "samples" / "val_2.jsonl").exists():
         assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
+        time.sleep(0.001)
+    process.send_signal(signal.SIGUSR1)
+    output = process.communicate()[0]
+    assert process.returncode == 128 + signal.SIGUSR1 and "these samples are kept" in output, output
+    assert (folder / "checkpoints" / "step_000002").exists()
+    written = (folder / "metrics.jsonl").read_text().count('"losses/loss"')
+    assert written == 2
+    process = training("--output-dir", tmp_path, "--track", command=command, env=os.environ | wandb)
+    while (folder / "metrics.jsonl").read_text().count('"losses/loss"') == written:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.001)
     process.send_signal(signal.SIGUSR1)
     output = process.communicate()[0]
     assert process.returncode == 128 + signal.SIGUSR1 and "--run-name run goes on from there" in output, output
@@ -170,14 +181,34 @@ def test_saved_samples_are_as_good_as_new_ones(mode, command, reference, tmp_pat
     if mode != "dpo":
         pytest.skip("one set of samples is enough")
     samples = reference / "samples"
-    files = ["--num-iterations", 1, "--preload-train", samples / "train_1.jsonl", "--preload-val"]
-    files.append(samples / "val_samples.jsonl")
+    files = ["--num-iterations", 1, "--preload-val", samples / "val_samples.jsonl", "--preload-train"]
+    files.append(samples / "train_1.jsonl")
     other = ["--lora-r", 0, "--shuffle", "all", "--samples-per-question", 3, "--strategy"]
     models = ["--ref-model-name", TOY_MC / "model"]
+    few = tmp_path / "few.jsonl"  # a question with two samples, others with three
+    few.write_text("".join(line for line in (samples / "train_1.jsonl").open().readlines()[:-1]))
+    checked = [
+        *files,
+        "--max-logp-diff",
+        1e-12,
+        "--evaluation",
+        "loss",
+        "--rationalize",
+        0,
+        "--output-dir",
+        tmp_path / "checked",
+    ]
+    process = training(*checked, command=command)
+    output = process.communicate()[0]
+    assert process.returncode == 1 and "nats a token in check, the limit is 1e-12" in output, output
+    assert not any("losses/loss" in record for record in records(tmp_path / "checked" / "run"))
     arms = {
         "preloaded": (command, [*files, "--skip-first-eval", "--max-tokens-per-microbatch", 300]),
         "listwise": (STAR_RUN, [*files, *other, "dpo_listwise", "--evaluation", "loss", *models]),
-        "weighted": (STAR_RUN, [*files, *other, "weighted", "--evaluation", "none", "--lr-schedule", "constant"]),
+        "weighted": (
+            STAR_RUN,
+            [*files[:-1], few, *other, "weighted", "--evaluation", "none", "--lr-schedule", "constant"],
+        ),
     }
     steps = {}
     for name, (start, extra) in arms.items():
@@ -193,6 +224,18 @@ def test_saved_samples_are_as_good_as_new_ones(mode, command, reference, tmp_pat
         assert [r[key] for r in steps["preloaded"]] == pytest.approx([r[key] for r in first], rel=1e-3, abs=1e-5), key
     assert steps["listwise"][0]["losses/loss"] == pytest.approx(math.log(3), abs=1e-6)  # policy = reference, K = 3
     assert steps["weighted"][0]["losses/loss"] > 0
+
+
+def test_a_run_ends_with_its_model_when_nothing_is_left_to_learn(mode, tmp_path):
+    """Two easy questions: after some iterations all samples are right, and dpo has no pairs."""
+    if mode != "dpo":
+        pytest.skip("needs no mode")
+    options = ["--num-train-questions", 2, "--evaluation", "none", "--lora-r", 0, "--lr", 3e-3, "--internal-epochs", 8]
+    options += ["--no-reset-model", "--num-iterations", 6, "--output-dir", tmp_path]
+    process = training(*options, command=STAR_RUN)
+    output = process.communicate()[0]
+    assert process.returncode == 0 and "training ends here" in output, output
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
 
 
 def test_prompt_study_and_evaluation_only(mode, tmp_path):
@@ -237,11 +280,10 @@ def test_every_logged_key_stands_in_the_readme():
     documented = set(re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE))
     written = set()
     for key in set().union(*WRITTEN.values()) - {"step", "iteration", "meta_prompt"}:
-        key = re.sub(r"^eval/second_", "eval/{dataset}_", key)
         key = re.sub(r"subject_\w+", "subject_{name}", key)
         written.add(key)
-    for prefix in ("eval/{dataset}_", "rollout/"):  # these repeat figures of eval/
-        written -= {key for key in written if "eval/" + key.removeprefix(prefix) in written and key.startswith(prefix)}
+    # rollout/ repeats figures of eval/
+    written -= {key for key in written if key.startswith("rollout/") and key.replace("rollout", "eval") in written}
     assert written == documented
 
 
