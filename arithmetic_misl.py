@@ -1,30 +1,34 @@
-"""UpSkill's arithmetic study (Shah et al. 2026, arXiv 2602.22296, section 5.1, figure 4, appendices E.6 and F).
+"""UpSkill's arithmetic study of mutual-information skill learning (Shah et al. 2026, arXiv 2602.22296, section 5.1,
+figure 4, appendices E.6 and F).
 
-A problem x is three digits. An answer y is "digit operator digit": it is right if its value is one of the three digits
-and its operands are the other two. A skill z in 0..N-1 is the first token of the prompt. A small transformer imitates
-solutions for 100 steps. Then it learns by REINFORCE from C answers to each problem and its one random z:
+A problem x is three digits. An answer y is "digit operator digit": it is right if its value, cut to a whole number, is
+one of the three digits, and its operands are the other two. A skill z in 0..N-1 is the first token of the prompt. A
+small transformer imitates solutions for 100 steps. Then it learns by REINFORCE from C answers to each problem and its
+one random z:
 
     r(y; x, z) = r_correct + r_MI,                   r_correct = 1 right, 0 wrong
     r_MI       = clip(alpha log p(y | x, z) - beta log (1/N) sum_z' p(y | x, z'), -cap, cap)
     A_i        = r_i - mean r of the C answers
 
-With beta = alpha, and without the clip, the mean of r_MI is alpha I(y; z | x). Four arms are compared:
+With beta = alpha, without the clip, and at sampling temperature 1, the mean of r_MI is alpha I(y; z | x). Four arms are
+compared:
 
     grpo       r_correct alone
     mi         the paper's: r_correct + r_MI
-    pass-k     r_correct alone, and its advantage is what an answer adds to the best of the C answers
-    gated-mi   pass-k, and r_MI for right answers only, never below 0
+    pass-k     r_correct alone; an answer's advantage is what it adds to the best of the C answers
+    gated-mi   pass-k, and r_MI of right answers only, never below 0, minus its mean; its weight is --gated-alpha
 
-All arms and seeds are independent policies that train at once, as one stack: each weight has a first axis R over them.
-An evaluation enumerates all problems and all 500 answers, so that its figures are exact expectations.
+Every arm and seed is a policy of its own. All of them train in turn, an update each, so that they can be compared at
+any time. An evaluation enumerates all problems and all 500 answers, so that its figures are exact expectations.
 
-Plain torch on a CPU. Left out: the paper's token-level reward (it is measured only), and the 24-game. Results, and what
-the authors' own program gives, are in docs/arithmetic_misl.md.
+Plain torch on a CPU. Left out: the paper's token-level reward (only logged, as skill/mi_token), and the 24-game.
+Results, and what the authors' own program gives, are in docs/arithmetic_misl.md.
 
     python arithmetic_misl.py                                     # all four arms, three seeds
     python arithmetic_misl.py --arms grpo mi --num-seeds 1        # the pair of figure 4, in minutes
 """
 
+import copy
 import fcntl
 import json
 import math
@@ -48,7 +52,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from torch.func import functional_call, stack_module_state, vmap
 from tqdm import tqdm
 
 from eval_gsm8k import plain_error
@@ -56,13 +59,12 @@ from eval_gsm8k import plain_error
 OPERATORS = {"+": add, "-": sub, "*": mul, "/": truediv, "%": mod}
 VOCABULARY = 15  # tokens: ten digits, then the five operators; a skill's token is its digit
 STAR = 12  # the prompt's separator is the token of "*"
-PROMPT = 8  # tokens of a prompt: z * a * b * c *
-WIDTH, HEADS, LAYERS, POSITIONS = 128, 4, 2, 64
-# Shapes: R policies of the stack, P all problems, B problems of an update, N skills, C answers to a problem and its z,
-# T tokens of a prompt and its answers, V the vocabulary.
+PROMPT_LEN = 8  # tokens of a prompt: z * a * b * c *
+WIDTH, HEADS, LAYERS, POSITIONS = 128, 4, 2, 64  # the original's sizes; 10 positions are used
+# Shapes: P problems, B problems of an update (inside the policy: token rows), N skills, C answers to a problem and its
+# z, T tokens of a prompt and its answers, V the vocabulary.
 
-
-Arm = Literal["grpo", "pass-k", "mi", "gated-mi"]
+Arm = Literal["grpo", "mi", "pass-k", "gated-mi"]
 
 
 @dataclass
@@ -70,25 +72,25 @@ class Args:
     # experiment
     run_name: str = ""  # folder under output_dir; the same name again resumes it (empty: script, seed, time)
     output_dir: str = "runs"  # where run folders are made
-    arms: tuple[Arm, ...] = ("grpo", "pass-k", "mi", "gated-mi")  # what is trained and compared, see above
+    arms: tuple[Arm, ...] = ("grpo", "mi", "pass-k", "gated-mi")  # what is trained and compared, see above
     seed: int = 0  # the first seed; all random numbers are computed from the seed and the step
     num_seeds: int = 3  # seeds of each arm: seed, seed + 1, ..
     # imitation
-    warmup_steps: int = 100  # steps of imitating solutions before the first update
+    imitation_steps: int = 100  # steps of imitating solutions before the first update; the original's warm-up
     # rollout
     num_steps: int = 2000  # updates of every policy
     questions_per_step: int = 32  # problems in an update, each with one skill
-    group_size: int = 5  # answers C to a problem and its skill; their mean reward is the baseline
-    temperature: float = 0.9  # of sampling, gradient and evaluation; the MI reward and the KL are taken at 1
+    group_size: int = 5  # answers C to a problem and its skill, which are compared with each other
+    temperature: float = 0.9  # of sampling, gradient and evaluation (skill/mi too); the MI reward and the KL are at 1
     # UpSkill
     max_z: int = 5  # number of skills N
     alpha: float = 0.5  # arm mi: weight of log p(y | x, z)
-    beta: float | None = None  # arm mi: weight of the log of the mixture; None: alpha
+    beta: float | None = None  # arm mi: weight of log (1/N) sum_z' p(y | x, z'); None: as alpha
     cap: float = 1.0  # the MI reward is clipped to [-cap, cap]
-    gated_alpha: float = 0.2  # arm gated-mi: both weights of the MI reward of right answers
-    gated_advantage: Literal["mean", "pass-k"] = "pass-k"  # arm gated-mi: the advantage of r_correct, of grpo or pass-k
+    gated_alpha: float = 0.2  # arm gated-mi: alpha and beta
+    gated_advantage: Literal["mean", "pass-k"] = "pass-k"  # arm gated-mi: how r_correct becomes an advantage
     # loss
-    kl_coef: float = 0.0  # weight of KL(policy || imitator), for every arm; appendix F has 0.05
+    kl_coef: float = 0.0  # weight of KL(policy || the policy after imitation), every arm; appendix F has 0.05
     # optimizer
     lr: float = 5e-4  # constant, the same in both phases
     max_grad_norm: float = 1.0  # gradient norm clip, of each policy by itself
@@ -98,46 +100,54 @@ class Args:
 
 
 # ---- Reward and loss -------------------------------------------------------------------------------------------------
-def misl_rewards(logps, alpha, beta, cap: float):
-    """clip(alpha log p(y | x, z) - beta log (1/N) sum_z' p(y | x, z'), -cap, cap), [R, B, C].
+def misl_rewards(logps, alpha: float, beta: float, cap: float):
+    """clip(alpha log p(y | x, z) - beta log (1/N) sum_z' p(y | x, z'), -cap, cap), [B, C].
 
-    logps [R, B, N, C]: log p(y | x, z') under every skill, the one that sampled first; alpha, beta [R, 1, 1].
+    logps [B, N, C]: log p(y | x, z') under every skill; the first is the one that sampled.
     """
-    own = logps[:, :, 0]  # [R, B, C]
-    mixture = logps.logsumexp(2) - math.log(logps.shape[2])  # [R, B, C]
+    own = logps[:, 0]  # [B, C]
+    mixture = logps.logsumexp(1) - math.log(logps.shape[1])  # [B, C]
     return (alpha * own - beta * mixture).clamp(-cap, cap)
 
 
+def mean_advantages(rewards):
+    """r_i - mean_j r_j within each group; rewards [B, C]."""
+    return rewards - rewards.mean(1, keepdim=True)
+
+
 def pass_k_advantages(rewards):
-    """What each of C answers adds to the best of its group: max_j r_j - max_{j != i} r_j. rewards [.., C]."""
-    second_best = rewards.topk(2, -1).values[..., 1:]
+    """What each of C answers adds to the best of its group: max_j r_j - max_{j != i} r_j; rewards [B, C].
+
+    In expectation it gives the gradient of pass@C.
+    """
+    second_best = rewards.topk(2, 1).values[:, 1:]
     return (rewards - second_best).clamp(min=0)
 
 
-def arm_advantages(r_correct, r_mi, gated, pass_k):
-    """Advantages [R, B, C] within the C answers of a group; r_correct, r_mi [R, B, C]; gated, pass_k [R, 1, 1] bool.
+def arm_advantages(r_correct, r_mi, pass_k: bool, gated: bool):
+    """Advantages [B, C] within the C answers of a group; r_correct, r_mi [B, C].
 
-    The baseline of r_MI is the group's mean. r_correct has it too, or pass_k_advantages. Where gated, only right
-    answers get r_MI, and never less than 0: with a negative one, a right answer could rank below a wrong one.
+    r_MI has the group's mean subtracted. So has r_correct, unless pass_k. Where gated, wrong answers get r_MI = 0, and
+    negative values become 0: otherwise a right answer could rank below a wrong one.
     """
-    advantages = r_correct - r_correct.mean(-1, keepdim=True)
-    advantages = torch.where(pass_k, pass_k_advantages(r_correct), advantages)
-    r_mi = torch.where(gated, r_mi.clamp(min=0) * r_correct, r_mi)
-    return advantages + r_mi - r_mi.mean(-1, keepdim=True)
+    if gated:
+        r_mi = r_mi.clamp(min=0) * r_correct
+    if pass_k:
+        return pass_k_advantages(r_correct) + mean_advantages(r_mi)
+    return mean_advantages(r_correct) + mean_advantages(r_mi)
 
 
-def exact_kl(branches, reference):
-    """KL(policy || reference) over all tokens at each of an answer's three places, summed: [.., C], of branch_logps."""
-    divergences = []
-    for p, q in zip(branches, reference, strict=True):
-        divergences.append((p.exp() * (p - q)).sum(-1))
-    left, operator, right = divergences  # [..], [.., C], [.., C]
-    return left[..., None] + operator + right
+def exact_kl(branches, reference_branches):
+    """KL(policy || reference) over all tokens at each of an answer's three places, summed: [B, C], of branch_logps."""
+    left, operator, right = [
+        (p.exp() * (p - q)).sum(-1) for p, q in zip(branches, reference_branches, strict=True)
+    ]  # [B], [B, C], [B, C]
+    return left[:, None] + operator + right
 
 
 # ---- The task --------------------------------------------------------------------------------------------------------
 def calculate(left: int, operator: str, right: int) -> float | None:
-    """left operator right, by true division and Python's modulo; None where right is 0 and must not be."""
+    """left operator right, by true division and Python's modulo; None if that divides by 0."""
     if operator in "/%" and right == 0:
         return None
     return OPERATORS[operator](left, right)
@@ -174,33 +184,30 @@ def arithmetic_problems():
         if values[column] is None:
             continue
         needed = sorted((left, right, int(values[column])))
-        for row, digits in enumerate(problems):
-            correct[row, column] = needed == sorted(digits)
+        correct[:, column] = [needed == sorted(digits) for digits in problems]
 
     chance = torch.tensor([counts[digits] for digits in problems]).double()
     solution = torch.tensor([first_solution(digits) for digits in problems])
     return torch.tensor(problems), chance / chance.sum(), torch.tensor(correct), solution
 
 
-def draw(policies, step: int, purpose: int, chance, args):
-    """A step's problems [R, B], skills z [R, B] and Gumbel noise [R, B, C, 25], for 10 + 5 + 10 tokens of an answer.
+def draw(seed: int, step: int, purpose: int, chance, args):
+    """A step's problems [B], as rows, skills z [B] and Gumbel noise [B, C, 25], for an answer's 10 + 5 + 10 tokens.
 
-    They follow from the policy's seed, the step and the purpose. So the arms of a seed meet the same, and a policy's
-    numbers do not depend on what else is in the stack. policies: (arm, seed) of each; chance [P].
+    purpose: 0 imitation, 1 reinforcement. They follow from the seed, the step and the purpose, so all arms of a seed
+    get the same problems, skills and noise. chance [P].
     """
     B, C = args.questions_per_step, args.group_size
-    problems, skills, noise = [], [], []
-    for _, seed in policies:
-        rng = np.random.default_rng([seed, step, purpose])
-        problems.append(torch.tensor(rng.choice(len(chance), B, p=chance)))
-        skills.append(torch.tensor(rng.integers(args.max_z, size=B)))
-        noise.append(torch.tensor(rng.gumbel(size=(B, C, 25))))
-    return torch.stack(problems), torch.stack(skills), torch.stack(noise).float()
+    rng = np.random.default_rng([seed, step, purpose])
+    problems = torch.tensor(rng.choice(len(chance), B, p=chance))
+    skills = torch.tensor(rng.integers(args.max_z, size=B))
+    noise = torch.tensor(rng.gumbel(size=(B, C, 25)))
+    return problems, skills, noise.float()
 
 
 def make_prompts(digits, z):
     """Tokens [.., 8] of the prompts "z * a * b * c *"; digits [.., 3], z [..]."""
-    prompts = torch.full((*z.shape, PROMPT), STAR)
+    prompts = torch.full((*z.shape, PROMPT_LEN), STAR)
     prompts[..., 0] = z
     prompts[..., 2::2] = digits
     return prompts
@@ -220,7 +227,7 @@ class Layer(nn.Module):
         self.down = nn.Linear(4 * WIDTH, WIDTH)
 
     def forward(self, x, mask, first: int):
-        """x [B, T, WIDTH] to [B, T - first, WIDTH], the tokens from `first` on; mask [T, T]: of answer_tree."""
+        """x [B, T, WIDTH] to [B, T - first, WIDTH], the tokens from `first` on; mask [T, T]: see answer_tree."""
         B, T, _ = x.shape
         D = WIDTH // HEADS
         qkv = self.qkv(self.norm_1(x)).view(B, T, 3, HEADS, D)
@@ -245,43 +252,18 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
 
-    def forward(self, tokens, positions, mask):
-        """Logits [B, T - 7, V] from the prompt's last token on; tokens [B, T], positions [T], mask [T, T]."""
+    def forward(self, tokens, tree):
+        """Logits [B, 1 + lefts + operators, V] from the prompt's last token on; tokens [B, T], tree: see answer_tree.
+
+        Where the tokens end before the tree does, only its beginning is read.
+        """
+        T = tokens.shape[1]
+        positions, mask = tree[0][:T], tree[1][:T, :T]
         x = self.tokens(tokens) + self.positions(positions)  # [B, T, WIDTH]
         for layer in self.layers[:-1]:
             x = layer(x, mask, first=0)
-        x = self.layers[-1](x, mask, first=PROMPT - 1)  # nobody reads the prompt's other tokens after it
+        x = self.layers[-1](x, mask, first=PROMPT_LEN - 1)  # nothing reads what comes out of the prompt's other tokens
         return self.head(self.norm(x))
-
-
-with torch.device("meta"):
-    FORWARD = Transformer()  # only its forward pass is used; weights are given in each call
-
-
-def make_policies(seeds: list[int]) -> dict[str, torch.Tensor]:
-    """The stack's weights, {name: [R, ..]}, one policy for each of the seeds; equal seeds give equal policies."""
-    models = []
-    for seed in seeds:
-        torch.manual_seed(seed)
-        models.append(Transformer())
-    weights, _ = stack_module_state(models)
-    return weights
-
-
-def policy_logits(weights, tokens, tree):
-    """Logits [R, B, 1 + lefts + operators, V]: every policy reads its own tokens [R, B, T].
-
-    weights: of make_policies; tree: of answer_tree. The tokens may end early: then only the tree's beginning is read.
-    """
-    positions, mask = tree
-    T = tokens.shape[-1]
-    positions = positions[:T]
-    mask = mask[:T, :T]
-
-    def forward(weights, tokens):  # of one policy
-        return functional_call(FORWARD, weights, (tokens, positions, mask))
-
-    return vmap(forward)(weights, tokens)
 
 
 def answer_tree(num_lefts: int, num_operators: int):
@@ -298,11 +280,11 @@ def answer_tree(num_lefts: int, num_operators: int):
     The mask is 0 where a token (row) sees a token (column), else -inf.
     """
     parents = torch.arange(num_lefts).repeat_interleave(num_operators)  # which left digit an operator stands behind
-    positions = torch.tensor([*range(PROMPT), *[PROMPT] * num_lefts, *[PROMPT + 1] * len(parents)])
+    positions = torch.tensor([*range(PROMPT_LEN), *[PROMPT_LEN] * num_lefts, *[PROMPT_LEN + 1] * len(parents)])
     T = len(positions)
     sees = torch.eye(T)
-    sees[:, :PROMPT] = torch.ones(T, PROMPT).tril()
-    sees[torch.arange(PROMPT + num_lefts, T), PROMPT + parents] = 1
+    sees[:, :PROMPT_LEN] = torch.ones(T, PROMPT_LEN).tril()
+    sees[torch.arange(PROMPT_LEN + num_lefts, T), PROMPT_LEN + parents] = 1
     return positions, torch.where(sees.bool(), 0.0, -math.inf)
 
 
@@ -319,7 +301,7 @@ def branch_logps(logits, num_lefts: int, temperature: float):
 
 
 def answer_logps(branches, answers):
-    """log p(y | x, z) [.., C] of answers [.., C, 3] = (left, operator, right); branches: of their tree."""
+    """log p(y | x, z) [.., C] of answers [.., C, 3] = (left, operator, right); answer i stands on left digit i."""
     left, operator, right = branches
     left = left.gather(-1, answers[..., 0])
     operator = operator.gather(-1, answers[..., 1:2])
@@ -327,91 +309,86 @@ def answer_logps(branches, answers):
     return left + operator[..., 0] + right[..., 0]
 
 
-def sample_answers(weights, prompts, noise, temperature: float, tree):
-    """C answers to every prompt [R, B, 8]: their tokens with the prompt, the answers, and the logits of the last pass.
+def sample_answers(model, prompts, noise, temperature: float, tree):
+    """C answers to every prompt [B, 8]: their tokens with the prompt, the answers, and the logits of the last pass.
 
-    A token is argmax(logits / temperature + Gumbel noise), which is a draw from the softmax; noise [R, B, C, 25].
+    A token is argmax(logits / temperature + Gumbel noise), which is a draw from the softmax; noise [B, C, 25].
     There are three passes, over 8, 8 + C and 8 + 2C tokens. The last has a gradient: it samples the right digits, and
-    it is also the pass that trains. Returns tokens [R, B, 8 + 2C], answers [R, B, C, 3], logits [R, B, 1 + 2C, V].
+    it is also the pass that trains. Returns tokens [B, 8 + 2C], answers [B, C, 3], logits [B, 1 + 2C, V].
     """
-    C = noise.shape[2]
+    C = noise.shape[1]
     noise_left, noise_operator, noise_right = noise.split((10, 5, 10), -1)
     with torch.no_grad():
-        logits = policy_logits(weights, prompts, tree)
-        left = (logits[:, :, :1, :10] / temperature + noise_left).argmax(-1)  # [R, B, C]
+        logits = model(prompts, tree)
+        left = (logits[:, :, :10] / temperature + noise_left).argmax(-1)  # [B, C]
         tokens = torch.cat([prompts, left], -1)
-        logits = policy_logits(weights, tokens, tree)
-        operator = (logits[:, :, 1:, 10:] / temperature + noise_operator).argmax(-1)
+        logits = model(tokens, tree)
+        operator = (logits[:, 1:, 10:] / temperature + noise_operator).argmax(-1)
         tokens = torch.cat([tokens, 10 + operator], -1)
-    logits = policy_logits(weights, tokens, tree)
-    right = (logits.detach()[:, :, 1 + C :, :10] / temperature + noise_right).argmax(-1)
+    logits = model(tokens, tree)
+    right = (logits[:, 1 + C :, :10] / temperature + noise_right).argmax(-1)
     return tokens, torch.stack([left, operator, right], -1), logits
 
 
 @torch.no_grad()
-def skill_logps(weights, tokens, answers, logits, num_skills: int, tree):
-    """log p(y | x, z') [R, B, N, C] under every skill z', at temperature 1; the skill that sampled comes first.
+def skill_logps(model, tokens, answers, logits, num_skills: int, tree):
+    """log p(y | x, z') [B, N, C] under every skill z', at temperature 1; the skill that sampled comes first.
 
-    tokens, answers, logits: of sample_answers. The logits are the sampling skill's own; one pass scores the others.
+    tokens, answers, logits: see sample_answers. The logits are the sampling skill's own; one pass scores the others.
     """
-    C = answers.shape[2]
-    own = answer_logps(branch_logps(logits, C, 1.0), answers)  # [R, B, C]
-    others = tokens[:, :, None].repeat(1, 1, num_skills - 1, 1)  # [R, B, N - 1, T]
+    C = answers.shape[1]
+    own = answer_logps(branch_logps(logits, C, 1.0), answers)  # [B, C]
+    others = tokens[:, None].repeat(1, num_skills - 1, 1)  # [B, N - 1, T]
     others[..., 0] = (others[..., 0] + torch.arange(1, num_skills)) % num_skills  # the first token is z
-    logits = policy_logits(weights, others.flatten(1, 2), tree)  # [R, B (N - 1), 1 + 2C, V]
-    answers = answers.repeat_interleave(num_skills - 1, 1)
-    logps = answer_logps(branch_logps(logits, C, 1.0), answers)  # [R, B (N - 1), C]
-    return torch.cat([own[:, :, None], logps.unflatten(1, (-1, num_skills - 1))], 2)
+    logits = model(others.flatten(0, 1), tree)  # [B (N - 1), 1 + 2C, V]
+    answers = answers.repeat_interleave(num_skills - 1, 0)
+    logps = answer_logps(branch_logps(logits, C, 1.0), answers)  # [B (N - 1), C]
+    return torch.cat([own[:, None], logps.unflatten(0, (-1, num_skills - 1))], 1)
 
 
-def update(optimizer, losses, max_grad_norm: float, policies):
-    """One optimizer step on losses [R]. Returns the gradient norm [R] of each policy, before it is clipped."""
-    parameters = optimizer.param_groups[0]["params"]
+def update(model, optimizer, loss, max_grad_norm: float, policy) -> float:
+    """One optimizer step. Returns the gradient norm before it is clipped; policy: (arm, seed)."""
     optimizer.zero_grad()
-    losses.sum().backward()  # policies share no weight, so each gets the gradient of its own loss
-    squares = 0.0
-    for parameter in parameters:
-        squares = squares + parameter.grad.flatten(1).square().sum(1)  # [R]
-    norms = squares.sqrt()
-    for (arm, seed), norm in zip(policies, norms.tolist(), strict=True):
-        if not math.isfinite(norm):
-            sys.exit(f"error: the gradient norm of arm {arm}, seed {seed} is {norm}; lower --lr, in a new --run-name.")
-    scales = (max_grad_norm / (norms + 1e-6)).clamp(max=1)
-    for parameter in parameters:
-        parameter.grad = torch.einsum("r,r...->r...", scales, parameter.grad)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
+    if not math.isfinite(norm):
+        arm, seed = policy
+        sys.exit(f"error: the gradient norm of arm {arm}, seed {seed} is {norm}; lower --lr or a weight in a new run.")
     optimizer.step()
-    return norms
+    return norm
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 def log_ratio(logps):
-    """log p(y | z) - log (1/N) sum_z' p(y | z') of logps [R, P, N, ..]."""
-    return logps - logps.logsumexp(2, keepdim=True) + math.log(logps.shape[2])
+    """log p(y | z) - log (1/N) sum_z' p(y | z') of logps [P, N, ..]."""
+    return logps - logps.logsumexp(1, keepdim=True) + math.log(logps.shape[1])
 
 
 def exact_figures(branches, correct) -> dict[str, torch.Tensor]:
-    """{key: [R, P]}: expectations over all 500 answers; where the key says pass@N, over one answer of each skill.
+    """{key: [P]}: expectations over one answer of a random skill, by all 500 answers.
 
-    branches [R, P, N, 10], [R, P, N, 10, 5], [R, P, N, 50, 10]: of the tree of all answers; correct [P, 500].
+    branches [P, N, 10], [P, N, 10, 5], [P, N, 50, 10]: of the tree of all answers; correct [P, 500].
 
-    skill/mi          I(y; z | x) = E log p(y | x, z) / (1/N) sum_z' p(y | x, z'), at most ln N
-    skill/mi_token    the paper's: the same ratio of every token given those before it, summed; more than I
-    skill/mi_correct  I(correctness; z | x): all that pass@N can gain from
-    skill/z_decoded   chance that the skill most likely to give an answer is the one that gave it
-    skill/accuracy    [R, P, N]; skill/operators [R, P, N, 5]: how often a skill uses each
+    eval/pass@N       chance that one answer of each of the N skills holds a right one
+    eval/iid_pass@N   that N answers of random skills do
+    skill/mi          I(y; z | x) = E log [p(y | x, z) / mixture], mixture = (1/N) sum_z' p(y | x, z'); at most ln N
+    skill/mi_token    the paper's: the same log ratio of every token given those before it, summed; never less than I
+    skill/mi_correct  I(correctness; z | x): information about being right; without it pass@N equals iid_pass@N
+    skill/z_decoded   chance to name the skill from the answer, by guessing the likeliest one
+    skill/accuracy    [P, N]; skill/operators [P, N, 5]: how often a skill uses each
     """
     left, operator, right = [branch.double() for branch in branches]
-    right = right.unflatten(-2, (10, 5))  # [R, P, N, 10, 5, 10]
-    pairs = left[..., None] + operator  # [R, P, N, 10, 5]
-    logps = (pairs[..., None] + right).flatten(3)  # [R, P, N, 500]
+    right = right.unflatten(-2, (10, 5))  # [P, N, 10, 5, 10]
+    pairs = left[..., None] + operator  # [P, N, 10, 5]
+    logps = (pairs[..., None] + right).flatten(2)  # [P, N, 500]
     p = logps.exp()
-    N = p.shape[2]
-    accuracy = (p * correct[:, None]).sum(-1)  # [R, P, N]
-    pass_1 = accuracy.mean(-1)  # [R, P]
+    N = p.shape[1]
+    accuracy = (p * correct[:, None]).sum(-1)  # [P, N]
+    pass_1 = accuracy.mean(-1)  # [P]
 
     pair_ratios = log_ratio(left)[..., None] + log_ratio(operator)
-    token_ratios = (pair_ratios[..., None] + log_ratio(right)).flatten(3)  # [R, P, N, 500]
-    outcomes = torch.stack([accuracy, 1 - accuracy], -1).clamp(min=1e-300)  # [R, P, N, 2]
+    token_ratios = (pair_ratios[..., None] + log_ratio(right)).flatten(2)  # [P, N, 500]
+    outcomes = torch.stack([accuracy, 1 - accuracy], -1).clamp(min=1e-300)  # [P, N, 2]
     return {
         "eval/pass@1": pass_1,
         f"eval/pass@{N}": 1 - (1 - accuracy).prod(-1),
@@ -420,28 +397,26 @@ def exact_figures(branches, correct) -> dict[str, torch.Tensor]:
         "skill/mi": (p * log_ratio(logps)).sum(-1).mean(-1),
         "skill/mi_token": (p * token_ratios).sum(-1).mean(-1),
         "skill/mi_correct": (outcomes * log_ratio(outcomes.log())).sum(-1).mean(-1),
-        "skill/z_decoded": p.amax(2).sum(-1) / N,
+        "skill/z_decoded": p.amax(1).sum(-1) / N,
         "skill/accuracy": accuracy,
         "skill/operators": pairs.exp().sum(-2),
     }
 
 
 @torch.no_grad()
-def evaluate_exactly(weights, digits, correct, chance, num_skills: int, temperature: float) -> dict[str, torch.Tensor]:
-    """{key: [R, ..]}: exact_figures, averaged over problems; digits [P, 3], correct [P, 500], chance [P]."""
+def evaluate_exactly(model, digits, correct, chance, num_skills: int, temperature: float) -> dict[str, list]:
+    """{key: number or list}: exact_figures, averaged over problems; digits [P, 3], correct [P, 500], chance [P]."""
     tree = answer_tree(10, 5)
     answers = torch.tensor([*range(10), *[*range(10, VOCABULARY)] * 10])  # the tree's tokens behind the prompt
-    num_policies = len(weights["head.weight"])
     sums = defaultdict(float)
-    for part in torch.arange(len(digits)).split(8):  # problems at a time
+    for part in torch.arange(len(digits)).split(16):  # problems at a time
         skills = torch.arange(num_skills).repeat(len(part))  # [P N]
         prompts = make_prompts(digits[part].repeat_interleave(num_skills, 0), skills)
         tokens = torch.cat([prompts, answers.expand(len(prompts), -1)], -1)
-        logits = policy_logits(weights, tokens.expand(num_policies, -1, -1), tree)  # [R, P N, 61, V]
-        branches = branch_logps(logits.unflatten(1, (-1, num_skills)), 10, temperature)
-        for key, figure in exact_figures(branches, correct[part]).items():
-            sums[key] += torch.einsum("rp...,p->r...", figure, chance[part])
-    return sums
+        logits = model(tokens, tree).unflatten(0, (-1, num_skills))  # [P, N, 61, V]
+        for key, figure in exact_figures(branch_logps(logits, 10, temperature), correct[part]).items():
+            sums[key] += torch.einsum("p...,p->...", figure, chance[part])
+    return {key: figure.tolist() for key, figure in sums.items()}
 
 
 def interval(values) -> tuple[float, float]:
@@ -455,7 +430,10 @@ def interval(values) -> tuple[float, float]:
 
 
 def results_table(records: list[dict], arms: list[str], N: int) -> str:
-    """One line for each arm, and for each pair of arms their difference, seed by seed; records: the last evaluation."""
+    """One line for each arm, and for each pair of arms their difference, seed by seed; records: the last evaluation.
+
+    A single seed has no interval.
+    """
     keys = ["eval/pass@1", f"eval/pass@{N}", f"eval/iid_pass@{N}", "skill/mi", "skill/mi_token"]
     rows = {}
     for arm in arms:
@@ -464,12 +442,12 @@ def results_table(records: list[dict], arms: list[str], N: int) -> str:
     for first, second in combinations(arms, 2):
         rows[f"{second} - {first}"] = rows[second] - rows[first]
 
-    table = f"{'mean, 95 % t-interval over seeds':<34}" + "".join(f"{key.split('/')[1]:>16}" for key in keys)
+    table = f"{'mean, ± 95 % t-interval over seeds':<35}" + "".join(f"{key.split('/')[1]:>16}" for key in keys)
     for name, values in rows.items():
-        table += f"\n{name:<34}"
+        table += f"\n{name:<35}"
         for column in values.T:
             mean, half = interval(column)
-            table += f"{mean:>8.3f}" + ("        " if math.isnan(half) else f" ± {half:.3f}")  # a single seed has none
+            table += f"{mean:>8.3f}" + ("        " if math.isnan(half) else f" ± {half:.3f}")
     return table
 
 
@@ -528,7 +506,7 @@ if __name__ == "__main__":
     if args.group_size < 2:
         sys.exit(f"error: --group-size {args.group_size} must be at least 2: an answer is compared with its group.")
     if not 2 <= args.max_z <= 10:
-        sys.exit(f"error: --max-z {args.max_z} must be 2 to 10: a skill is told apart, and its token is a digit.")
+        sys.exit(f"error: --max-z {args.max_z} must be 2 to 10: skills are compared, and a skill's token is one digit.")
 
     # run folder
     run_name = args.run_name or f"{Path(__file__).stem}__{args.seed}__{int(time.time())}"
@@ -546,29 +524,16 @@ if __name__ == "__main__":
     policies = []
     for arm in args.arms:
         policies += [(arm, args.seed + i) for i in range(args.num_seeds)]
-    weights = make_policies([seed for _, seed in policies])
-    optimizer = torch.optim.AdamW(weights.values(), args.lr, weight_decay=0.01, fused=True)
-
-    # what the arms are: weights of the MI reward, and two switches; each [R, 1, 1]
-    alpha, beta = torch.zeros(2, len(policies), 1, 1)
-    gated, pass_k = torch.zeros(2, len(policies), 1, 1).bool()
-    scored = []  # policies with an MI reward
-    for i, (arm, _) in enumerate(policies):
-        if arm == "mi":
-            alpha[i] = args.alpha
-            beta[i] = args.alpha if args.beta is None else args.beta
-            scored.append(i)
-        elif arm == "gated-mi":
-            alpha[i] = beta[i] = args.gated_alpha
-            gated[i] = True
-            pass_k[i] = args.gated_advantage == "pass-k"
-            scored.append(i)
-        elif arm == "pass-k":
-            pass_k[i] = True
+    models, optimizers = [], []
+    for _, seed in policies:
+        torch.manual_seed(seed)  # all arms of a seed start alike
+        model = Transformer()
+        models.append(model)
+        optimizers.append(torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, fused=True))
 
     # task
     digits, chance, correct, solution = arithmetic_problems()
-    places = torch.tensor([50, 10, 1])  # answer @ places is its index in `correct`
+    strides = torch.tensor([50, 10, 1])  # answer @ strides is its index in `correct`
 
     def write(path, text, mode="a"):
         with plain_error(f"{path} cannot be written; make room, --run-name {run_dir.name} then goes on"):
@@ -576,96 +541,109 @@ if __name__ == "__main__":
                 file.write(text)
 
     def run_evaluation(step, metrics):
-        figures = evaluate_exactly(weights, digits, correct, chance, args.max_z, args.temperature) | metrics
-        for i, (arm, seed) in enumerate(policies):
-            record = {"step": step, "arm": arm, "seed": seed}
-            record |= {key: figure[i].tolist() for key, figure in figures.items()}
+        sums = defaultdict(float)
+        for (arm, seed), model, logged in zip(policies, models, metrics, strict=True):
+            figures = evaluate_exactly(model, digits, correct, chance, args.max_z, args.temperature)
+            record = {"step": step, "arm": arm, "seed": seed} | figures | logged
             write(metrics_path, json.dumps(record) + "\n")
+            sums[arm] += np.array([figures["eval/pass@1"], figures[f"eval/pass@{args.max_z}"]])
         line = f"update {step}/{args.num_steps}, pass@1 and pass@{args.max_z}:"
-        pass_1 = figures["eval/pass@1"].view(len(args.arms), -1).mean(1)
-        pass_n = figures[f"eval/pass@{args.max_z}"].view(len(args.arms), -1).mean(1)
-        for i, arm in enumerate(args.arms):
-            line += f"  {arm} {pass_1[i]:.3f} {pass_n[i]:.3f}"
+        for arm in args.arms:
+            pass_1, pass_n = sums[arm] / args.num_seeds
+            line += f"  {arm} {pass_1:.3f} {pass_n:.3f}"
         tqdm.write(line)
+        sys.stdout.flush()
 
     # resume: what was logged after the checkpoint is cut off and done again
     state = {"step": 0, "metrics_bytes": 0}
     if checkpoint_path.exists():
         with plain_error(f"{checkpoint_path} cannot be read; delete it to start the run again"):
             state = torch.load(checkpoint_path, weights_only=True)
-            optimizer.load_state_dict(state["optimizer"])
-            with torch.no_grad():
-                for name, weight in weights.items():
-                    weight.copy_(state["weights"][name])
+            for i in range(len(policies)):
+                models[i].load_state_dict(state["models"][i])
+                optimizers[i].load_state_dict(state["optimizers"][i])
     found = metrics_path.stat().st_size if metrics_path.exists() else 0
     if found < state["metrics_bytes"]:
         sys.exit(f"error: {metrics_path} is shorter than at its checkpoint; restore it, or choose another --run-name.")
     with open(metrics_path, "ab") as file:
         file.truncate(state["metrics_bytes"])
-    signals = []
-    for signum in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(signum, lambda signum, frame: signals.append(signum))
-
     # imitation: cross-entropy of one solution, summed over its tokens; z is random, so all skills start alike
     if state["step"] == 0:
         tree = answer_tree(1, 1)
-        for step in tqdm(range(1, args.warmup_steps + 1), desc="imitation", file=sys.stdout, disable=None):
-            chosen, z, _ = draw(policies, step, 0, chance, args)
-            answers = solution[chosen][:, :, None]  # [R, B, 1, 3]
-            left, operator = answers[..., 0], answers[..., 1]
-            tokens = torch.cat([make_prompts(digits[chosen], z), left, 10 + operator], -1)  # [R, B, 10]
-            logps = answer_logps(branch_logps(policy_logits(weights, tokens, tree), 1, 1.0), answers)  # [R, B, 1]
-            update(optimizer, -logps.mean((1, 2)), args.max_grad_norm, policies)
-        state["reference"] = {name: weight.detach().clone() for name, weight in weights.items()}
-        run_evaluation(0, {})
-    reference = state["reference"]  # the imitators, for --kl-coef
+        for step in tqdm(range(1, args.imitation_steps + 1), desc="imitation", file=sys.stdout, disable=None):
+            for policy, model, optimizer in zip(policies, models, optimizers, strict=True):
+                _, seed = policy
+                chosen, z, _ = draw(seed, step, 0, chance, args)
+                answers = solution[chosen][:, None]  # [B, 1, 3]
+                left, operator = answers[..., 0], answers[..., 1]
+                tokens = torch.cat([make_prompts(digits[chosen], z), left, 10 + operator], -1)  # [B, 10]
+                logps = answer_logps(branch_logps(model(tokens, tree), 1, 1.0), answers)  # [B, 1]
+                update(model, optimizer, -logps.mean(), args.max_grad_norm, policy)
+        state["references"] = [copy.deepcopy(model.state_dict()) for model in models]
+        run_evaluation(0, [{} for _ in policies])
+    references = copy.deepcopy(models)  # the imitators, for --kl-coef
+    for model, weights in zip(references, state["references"], strict=True):
+        model.load_state_dict(weights)
+
+    signals = []  # before, a signal ends the program: there is nothing to save yet
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, lambda signum, frame: signals.append(signum))
 
     # reinforcement
     tree = answer_tree(args.group_size, 1)
     t0, logged_step = time.perf_counter(), state["step"]
     steps = range(state["step"] + 1, args.num_steps + 1)
-    bar = tqdm(steps, initial=state["step"], total=args.num_steps, file=sys.stdout, disable=None)  # None: on a terminal
-    for step in bar:
-        # rollout
-        chosen, z, noise = draw(policies, step, 1, chance, args)
-        prompts = make_prompts(digits[chosen], z)  # [R, B, 8]
-        tokens, answers, logits = sample_answers(weights, prompts, noise, args.temperature, tree)
+    for step in tqdm(steps, initial=state["step"], total=args.num_steps, file=sys.stdout, disable=None):
+        metrics = []
+        for i, (arm, seed) in enumerate(policies):
+            model = models[i]
 
-        # reward
-        r_correct = correct[chosen[..., None], answers @ places].float()  # [R, B, C]
-        r_mi = torch.zeros_like(r_correct)
-        if len(scored):
-            scored_weights = {name: weight[scored] for name, weight in weights.items()}
-            sampled = tokens[scored], answers[scored], logits[scored]
-            logps_z = skill_logps(scored_weights, *sampled, args.max_z, tree)  # [.., B, N, C]
-            r_mi[scored] = misl_rewards(logps_z, alpha[scored], beta[scored], args.cap)
-        advantages = arm_advantages(r_correct, r_mi, gated, pass_k)  # [R, B, C]
+            # rollout
+            chosen, z, noise = draw(seed, step, 1, chance, args)
+            prompts = make_prompts(digits[chosen], z)  # [B, 8]
+            tokens, answers, logits = sample_answers(model, prompts, noise, args.temperature, tree)
 
-        # update: a sum over the B C answers as in the original, so that the clip of the gradient acts nearly always
-        logps = answer_logps(branch_logps(logits, args.group_size, args.temperature), answers)  # [R, B, C]
-        losses = -(logps * advantages).sum((1, 2))  # [R]
-        metrics = {}
-        if args.kl_coef:
-            with torch.no_grad():
-                reference_logits = policy_logits(reference, tokens, tree)
-            branches = branch_logps(logits, args.group_size, 1.0)
-            kl = exact_kl(branches, branch_logps(reference_logits, args.group_size, 1.0))  # [R, B, C]
-            losses = losses + args.kl_coef * kl.sum((1, 2))
-            metrics["losses/kl"] = kl.detach().mean((1, 2))
-        metrics["losses/grad_norm"] = update(optimizer, losses, args.max_grad_norm, policies)
-        metrics["charts/accuracy"] = r_correct.mean((1, 2))
-        metrics["skill/mi_reward"] = r_mi.mean((1, 2))
+            # reward
+            r_correct = correct[chosen[:, None], answers @ strides].float()  # [B, C]
+            r_mi = torch.zeros_like(r_correct)
+            if arm in ("mi", "gated-mi"):
+                logps_z = skill_logps(model, tokens, answers, logits, args.max_z, tree)  # [B, N, C]
+                alpha, beta = args.alpha, args.alpha if args.beta is None else args.beta
+                if arm == "gated-mi":
+                    alpha = beta = args.gated_alpha
+                r_mi = misl_rewards(logps_z, alpha, beta, args.cap)
+
+            # advantages
+            gated = arm == "gated-mi"
+            pass_k = arm == "pass-k" or (gated and args.gated_advantage == "pass-k")
+            advantages = arm_advantages(r_correct, r_mi, pass_k, gated)  # [B, C]
+
+            # update: a sum over the B C answers, as in the original; a gradient that is not 0 is mostly clipped
+            logps = answer_logps(branch_logps(logits, args.group_size, args.temperature), answers)  # [B, C]
+            loss = -(logps * advantages).sum()
+            logged = {"charts/accuracy": r_correct.mean().item(), "skill/mi_reward": r_mi.mean().item()}
+            if args.kl_coef:
+                with torch.no_grad():
+                    reference_logits = references[i](tokens, tree)
+                branches = branch_logps(logits, args.group_size, 1.0)
+                kl = exact_kl(branches, branch_logps(reference_logits, args.group_size, 1.0))  # [B, C]
+                loss = loss + args.kl_coef * kl.sum()
+                logged["losses/kl"] = kl.mean().item()
+            logged["losses/grad_norm"] = update(model, optimizers[i], loss, args.max_grad_norm, policies[i])
+            metrics.append(logged)
 
         # evaluation and checkpoint
         last = step == args.num_steps
         if last or step % args.eval_every == 0:
             seconds = (time.perf_counter() - t0) / (step - logged_step)
-            metrics["time/update"] = torch.full((len(policies),), seconds)
+            for logged in metrics:
+                logged["time/update"] = seconds
             run_evaluation(step, metrics)
             t0, logged_step = time.perf_counter(), step
         if last or signals or step % args.save_every == 0:
-            state = {"step": step, "metrics_bytes": metrics_path.stat().st_size, "reference": reference}
-            state |= {"weights": weights, "optimizer": optimizer.state_dict()}
+            state = {"step": step, "metrics_bytes": metrics_path.stat().st_size, "references": state["references"]}
+            state["models"] = [model.state_dict() for model in models]
+            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
             with plain_error(f"the checkpoint cannot be written to {run_dir}; make room"):
                 torch.save(state, run_dir / "unfinished.pt")
                 (run_dir / "unfinished.pt").rename(checkpoint_path)
@@ -678,4 +656,5 @@ if __name__ == "__main__":
     records = [record for record in records if record["step"] == args.num_steps]
     table = results_table(records, args.arms, args.max_z)
     print(f"\n{table}\nmetrics: {metrics_path}   policies: {checkpoint_path}")
-    write(table_path, table, mode="w")
+    write(run_dir / "table.tmp", table, mode="w")
+    (run_dir / "table.tmp").rename(table_path)

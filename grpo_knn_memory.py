@@ -206,7 +206,7 @@ def load_encoder(name: str):
     with plain_error(f"the weights of {name} cannot be read; {advice}"):
         encoder = AutoModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
     with plain_error(f"{name} cannot embed texts; {advice}"):
-        embed(encoder, tokenizer, ["a", "a longer text " * 256], 512)
+        embed(encoder, tokenizer, ["", "a longer text " * 256], 512)
     return encoder, tokenizer
 
 
@@ -433,6 +433,8 @@ def worked_examples(problems: list[dict]) -> list[dict]:
     turns = []
     for problem in problems:
         steps = problem["answer"].rpartition("####")[0].strip()
+        if not steps:
+            sys.exit(f"error: {problem['question'][:60]!r} has no solution before its ####; use --num-shots 0.")
         steps = re.sub("<<.*?>>", "", steps)  # GSM8K's calculator marks
         solution = f"<reasoning>\n{steps}\n</reasoning>\n<answer>\n{problem['gold']}\n</answer>"
         turns.append({"role": "user", "content": problem["question"]})

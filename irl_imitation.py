@@ -310,10 +310,13 @@ class ValuePolicy(nn.Module):
         values, q_values, entropy, kl = padded.masked_scatter(has_value[:, :, None], torch.cat(outputs)).unbind(-1)
         after = position[:-1] >= completion_lens[:, None]  # [B, C]
         q_values, entropy, kl = (tensor[:, :-1].masked_fill(after, 0.0) for tensor in (q_values, entropy, kl))
-        return values, q_values, entropy, kl
+        return values.clone(), q_values, entropy, kl  # FSDP warns of a view
 
     def head(self, train_entropy, reference_head, hidden, actions, reference_hidden=None):
-        """V, Q, entropy, KL, [n, 4], at hidden states [n, H]; formed in fp32, as bf16 is wrong in the third digit."""
+        """V, Q, entropy, KL, [n, 4], at hidden states [n, H]; formed in fp32, as bf16 is wrong in the third digit.
+
+        On a GPU the logits come out of a bf16 product all the same: a Q of 16 to 32 is rounded to 0.125.
+        """
         logits = self.base.get_output_embeddings()(hidden).float()  # [n, vocabulary]
         values = logits.logsumexp(-1)
         q_values = logits.gather(-1, actions[:, None])[:, 0]
@@ -739,6 +742,7 @@ if __name__ == "__main__":
         sys.exit("error: --gamma must be at most 1, --online-alpha below 1, and --eval-samples at least 2.")
     if args.online_alpha and not args.lambda_td:
         sys.exit("error: --online-alpha needs a --lambda-td over 0: else the loss has no lower bound.")
+    args.template = args.template.replace("\\n", "\n")  # as it is typed in a shell
     if args.template and "{question}" not in args.template:
         sys.exit(f"error: --template {args.template!r} has no {{question}} in it: all prompts would be the same.")
     if args.template and args.system_prompt:
@@ -896,7 +900,9 @@ if __name__ == "__main__":
             figures["calculator"] = calculated["pass@1"]
         figures["self_bleu"] = self_bleu([row["completion"] for row in rows], args.eval_samples)
         record = {"step": step, "irl/shift": state["shift"]} | {f"eval/{name}": x for name, x in figures.items()}
-        prompts = [encode(problem["question"]) for problem in eval_problems[:16]]
+        prompts = [
+            encode(problem["question"]) for problem in eval_problems[: max(16, WORLD_SIZE)]
+        ]  # of every rank's engine
         record["rollout/logp_diff"] = self_check(step, own_answers(prompts, [args.seed, step, 2]))
 
         for row in rows:
@@ -940,7 +946,7 @@ if __name__ == "__main__":
         own_rows, metrics = [], {}
         if step_args.online_alpha:
             own_rows = own_answers([row["prompt"] for row in batch], [args.seed, step, 0])
-            metrics["rollout/logp_diff"] = self_check(step, own_rows[:16])
+            metrics["rollout/logp_diff"] = self_check(step, own_rows[: max(16, WORLD_SIZE)])
         if DEVICE.type == "cuda":
             llm.sleep(level=2)  # does nothing if it sleeps already
         rows = batch + own_rows
@@ -1028,4 +1034,5 @@ if __name__ == "__main__":
         for key in evaluations[0]:
             if key.startswith("eval/"):
                 print(f"{key:<24}{evaluations[0][key]:>10.3f}{evaluations[-1][key]:>10.3f}")
-        print(f"model: {run_dir / 'final'}   metrics: {metrics_path}   rewards: {run_dir / 'rewards.jsonl'}")
+        model = run_dir / "final" if num_steps else args.model_name
+        print(f"model: {model}   metrics: {metrics_path}   rewards: {run_dir / 'rewards.jsonl'}")

@@ -19,7 +19,7 @@ def seconds_an_update(*arguments) -> float:
     """Mean of updates 21 to 40 of the pair grpo and mi."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, SCRIPT, "--output-dir", folder, "--run-name", "run", "--arms", "grpo", "mi",
-                   "--num-steps", "41", "--eval-every", "20", "--warmup-steps", "0", *arguments]  # fmt: skip
+                   "--num-steps", "41", "--eval-every", "20", "--imitation-steps", "0", *arguments]  # fmt: skip
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         records = map(json.loads, (pathlib.Path(folder) / "run" / "metrics.jsonl").read_text().splitlines())
         return next(record["time/update"] for record in records if record["step"] == 40)

@@ -1,4 +1,4 @@
-"""arithmetic_misl.py: the task by enumeration, the stack against one plain transformer, information, bounds, runs."""
+"""arithmetic_misl.py: the task by enumeration, the tree against plain sequences, information, bounds, runs."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ import arithmetic_misl as am
 
 RUN = [
     sys.executable, str(ROOT / "arithmetic_misl.py"), "--run-name", "run", "--num-seeds", "1", "--num-steps", "6",
-    "--warmup-steps", "3", "--questions-per-step", "4", "--eval-every", "1000", "--save-every", "2",
+    "--imitation-steps", "3", "--questions-per-step", "4", "--eval-every", "1000", "--save-every", "2",
 ]  # fmt: skip
 
 
@@ -89,27 +89,25 @@ def test_prompt_tokens():
 
 
 def test_draws(task):
-    """Problems come as often as they should; arms of a seed draw alike; seed, step and purpose all matter."""
+    """Problems come as often as they should; seed, step and purpose all matter, and nothing else does."""
     chance, args = task[1], am.Args(questions_per_step=20000, group_size=2, max_z=3)
-    policies = [("grpo", 1), ("mi", 1), ("mi", 2)]
-    chosen, z, noise = am.draw(policies, 5, 1, chance, args)
-    assert chosen.shape == z.shape == (3, 20000) and noise.shape == (3, 20000, 2, 25)
-    for values in chosen, z, noise:
-        assert torch.equal(values[0], values[1]) and not torch.equal(values[1], values[2])
-    again, other_step, other_purpose = (
-        am.draw(policies[1:], *when, chance, args)[0] for when in ((5, 1), (6, 1), (5, 0))
-    )
-    assert torch.equal(again, chosen[1:]) and not torch.equal(again, other_step)
-    assert not torch.equal(again, other_purpose)
-    deviation = (torch.bincount(chosen[0], minlength=416) - 20000 * chance) / (20000 * chance).sqrt()
+    chosen, z, noise = am.draw(1, 5, 1, chance, args)
+    assert chosen.shape == z.shape == (20000,) and noise.shape == (20000, 2, 25)
+    torch.manual_seed(7)
+    for again, first in zip(am.draw(1, 5, 1, chance, args), (chosen, z, noise)):
+        assert torch.equal(again, first)
+    for when in (2, 5, 1), (1, 6, 1), (1, 5, 0):
+        for other, first in zip(am.draw(*when, chance, args), (chosen, z, noise)):
+            assert not torch.equal(other, first)
+    deviation = (torch.bincount(chosen, minlength=416) - 20000 * chance) / (20000 * chance).sqrt()
     assert deviation.abs().max() < 5 and deviation.square().mean().item() == pytest.approx(1, abs=0.3)
-    assert torch.bincount(z[0]).div(20000).tolist() == pytest.approx([1 / 3] * 3, abs=0.02)
+    assert torch.bincount(z).div(20000).tolist() == pytest.approx([1 / 3] * 3, abs=0.02)
 
 
 # ---- The policies ----------------------------------------------------------------------------------------------------
-def plain_logits(weights, run, tokens):
-    """Logits [B, T, V] of one policy of the stack, by PyTorch's own functions and causal attention."""
-    w = {name: weight[run].detach() for name, weight in weights.items()}
+def plain_logits(model, tokens):
+    """Logits [B, T, V] of a policy, by PyTorch's own functions and causal attention."""
+    w = dict(model.named_parameters())
     norm = lambda x, name: F.layer_norm(x, (128,), w[f"{name}.weight"], w[f"{name}.bias"])
     x = w["tokens.weight"][tokens] + w["positions.weight"][: tokens.shape[1]]
     for layer in "layers.0", "layers.1":
@@ -123,121 +121,111 @@ def plain_logits(weights, run, tokens):
 
 
 @pytest.fixture(scope="module")
-def weights():
-    """Two different policies, moved away from their initial state so that norms and biases count."""
-    weights = am.make_policies([3, 4])
+def model():
+    """A policy, moved away from its initial state so that norms and biases count."""
     torch.manual_seed(0)
+    model = am.Transformer()
     with torch.no_grad():
-        for weight in weights.values():
+        for weight in model.parameters():
             weight += 0.3 * torch.randn_like(weight) * weight.std().clamp(min=0.1)
-    return weights
+    return model
 
 
-def random_prompts(runs, count):
-    digits = torch.randint(10, (runs, count, 3))
-    return am.make_prompts(digits, torch.randint(5, (runs, count)))
+def random_prompts(count):
+    return am.make_prompts(torch.randint(10, (count, 3)), torch.randint(5, (count,)))
 
 
-def test_parameters_and_seeds():
-    weights = am.make_policies([0, 1, 0])
-    assert sum(weight[0].numel() for weight in weights.values()) == 407_808
-    assert all(torch.equal(weight[0], weight[2]) for weight in weights.values())
-    assert not torch.equal(weights["head.weight"][0], weights["head.weight"][1])
+def test_parameters():
+    torch.manual_seed(0)
+    weights = am.Transformer().state_dict()
+    assert sum(weight.numel() for weight in weights.values()) == 407_808
     assert weights["layers.0.down.weight"].abs().max() <= 512**-0.5  # PyTorch's default, as in the original
     assert weights["positions.weight"].std().item() == pytest.approx(1, rel=0.05)
 
 
-def test_the_tree_is_what_plain_sequences_give(weights):
-    """Shared prompts, the mask and the cut last layer change no log-probability, here of all 500 answers."""
+def test_the_tree_is_what_plain_sequences_give(model):
+    """Shared prompts, the mask and the cut last layer change no log-probability of all 500 answers, nor a gradient."""
     torch.manual_seed(1)
-    prompts = random_prompts(2, 3)
+    prompts = random_prompts(3)
     tail = torch.tensor([*range(10), *list(range(10, 15)) * 10])
-    tokens = torch.cat([prompts, tail.expand(2, 3, -1)], -1)
-    left, operator, right = am.branch_logps(am.policy_logits(weights, tokens, am.answer_tree(10, 5)), 10, 0.7)
-    joint = (left[..., None] + operator)[..., None] + right.unflatten(2, (10, 5))
-    assert torch.allclose(joint.exp().sum((2, 3, 4)), torch.ones(2, 3), atol=1e-5)
+    tokens = torch.cat([prompts, tail.expand(3, -1)], -1)
+    left, operator, right = am.branch_logps(model(tokens, am.answer_tree(10, 5)), 10, 0.7)
+    joint = (left[..., None] + operator)[..., None] + right.unflatten(1, (10, 5))
+    assert torch.allclose(joint.exp().sum((1, 2, 3)), torch.ones(3), atol=1e-5)
     answers = torch.tensor([[a, 10 + o] for a in range(10) for o in range(5)])
-    for run, b in itertools.product(range(2), range(3)):
-        sequences = torch.cat([prompts[run, b].expand(50, -1), answers], 1)
-        logits = plain_logits(weights, run, sequences) / 0.7
+    plain = []
+    for prompt in prompts:
+        sequences = torch.cat([prompt.expand(50, -1), answers], 1)
+        logits = plain_logits(model, sequences) / 0.7
         first = logits[:, 7, :10].log_softmax(-1).gather(1, answers[:, :1])
         second = logits[:, 8, 10:15].log_softmax(-1).gather(1, answers[:, 1:] - 10)
-        expected = first + second + logits[:, 9, :10].log_softmax(-1)
-        assert torch.allclose(joint[run, b].reshape(50, 10), expected, atol=2e-4)
+        plain.append(first + second + logits[:, 9, :10].log_softmax(-1))
+    plain = torch.stack(plain)
+    assert torch.allclose(joint.reshape(3, 50, 10), plain, atol=2e-4)
+
+    weights = torch.rand(3, 50, 10)
+    of_tree = torch.autograd.grad((joint.reshape(3, 50, 10) * weights).mean(), list(model.parameters()))
+    of_sequences = torch.autograd.grad((plain * weights).mean(), list(model.parameters()))
+    for mine, expected in zip(of_tree, of_sequences):
+        assert torch.allclose(mine, expected, atol=1e-4) and expected.abs().max() > 1e-3
 
 
-def sampled(weights, prompts, C, seed=0):
-    noise = torch.tensor(np.random.default_rng(seed).gumbel(size=(*prompts.shape[:2], C, 25))).float()
-    return am.sample_answers(weights, prompts, noise, 0.9, am.answer_tree(C, 1))
+def sampled(model, prompts, C, seed=0):
+    noise = torch.tensor(np.random.default_rng(seed).gumbel(size=(len(prompts), C, 25))).float()
+    return am.sample_answers(model, prompts, noise, 0.9, am.answer_tree(C, 1))
 
 
-def test_samples_have_the_frequencies_that_they_claim(weights):
-    prompts = random_prompts(2, 1).expand(-1, 100, -1)
-    _, answers, logits = sampled(weights, prompts, 100)
-    logps = am.answer_logps(am.branch_logps(logits, 100, 0.9), answers).detach()  # [2, 100, 100]
-    for run in range(2):
-        index = (answers[run] @ torch.tensor([50, 10, 1])).flatten()
+def test_samples_have_the_frequencies_that_they_claim(model):
+    torch.manual_seed(2)
+    for seed in range(2):
+        prompts = random_prompts(1).expand(100, -1)
+        _, answers, logits = sampled(model, prompts, 100, seed)
+        logps = am.answer_logps(am.branch_logps(logits, 100, 0.9), answers).detach()  # [100, 100]
+        index = (answers @ torch.tensor([50, 10, 1])).flatten()
         counts = torch.bincount(index, minlength=500).double()
-        p = torch.zeros(500).double().scatter_(0, index, logps[run].flatten().exp().double())
+        p = torch.zeros(500).double().scatter_(0, index, logps.flatten().exp().double())
         seen = p > 5e-4  # 5 expected
         z = (counts - 1e4 * p)[seen] / (1e4 * p * (1 - p))[seen].sqrt()
         assert z.abs().max() < 5 and (z**2).mean() == pytest.approx(1, abs=0.5) and seen.sum() > 20
 
 
-def test_a_policy_in_the_stack_learns_as_it_would_alone(weights):
-    prompts = random_prompts(2, 4)
-    tokens, answers, logits = sampled(weights, prompts, 3)
-    logps = am.answer_logps(am.branch_logps(logits, 3, 0.9), answers)
-    advantages = torch.randn(2, 4, 3)
-    together = torch.autograd.grad((logps * advantages).sum(), list(weights.values()))
-    for run in range(2):
-        mine = {name: weight[run : run + 1] for name, weight in weights.items()}
-        alone = am.policy_logits(mine, tokens[run, None], am.answer_tree(3, 1))
-        alone = am.answer_logps(am.branch_logps(alone, 3, 0.9), answers[run, None])
-        assert torch.allclose(alone[0], logps[run], atol=1e-5)
-        for a, b in zip(together, torch.autograd.grad((alone * advantages[run]).sum(), list(weights.values()))):
-            assert torch.allclose(a[run], b[run], atol=1e-4)
-            assert b[1 - run].abs().max() == 0  # the other one is not touched
-
-
-def test_every_policy_is_clipped_by_itself():
-    policies, weights = [("grpo", 0), ("grpo", 1)], am.make_policies([0, 1])
-    optimizer = torch.optim.SGD(weights.values(), 1.0)
-    before = {name: weight.detach().clone() for name, weight in weights.items()}
-    head = weights["head.weight"]
-    norms = am.update(optimizer, (head * torch.tensor([0.01, 1.0])[:, None, None]).sum((1, 2)) + sum(
-        0 * weight.flatten(1).sum(1) for weight in weights.values()), 2.0, policies)  # fmt: skip
-    size = head[0].numel() ** 0.5
-    assert norms.tolist() == pytest.approx([0.01 * size, size])
-    moved = (before["head.weight"] - head.detach()).flatten(1).norm(dim=1)
-    assert moved.tolist() == pytest.approx([0.01 * size, 2.0], rel=1e-4)
-    assert all(torch.equal(before[name], weights[name]) for name in weights if name != "head.weight")
+def test_the_gradient_is_clipped():
+    for factor, moved in (0.01, None), (1.0, 2.0):
+        model = am.Transformer()
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
+        optimizer = torch.optim.SGD(model.parameters(), 1.0)
+        loss = factor * model.head.weight.sum() + sum(0 * weight.sum() for weight in model.parameters())
+        norm = am.update(model, optimizer, loss, 2.0, ("grpo", 0))
+        expected = factor * model.head.weight.numel() ** 0.5
+        assert norm == pytest.approx(expected)
+        difference = before.pop("head.weight") - model.head.weight.detach()
+        assert difference.norm().item() == pytest.approx(moved or expected, rel=1e-4)
+        assert all(torch.equal(before[name], model.state_dict()[name]) for name in before)
 
 
 # ---- Rewards ---------------------------------------------------------------------------------------------------------
-def test_scores_under_every_skill(weights):
+def test_scores_under_every_skill(model):
     """Own skill first, then each other one; each as if its own prompt had been given."""
-    prompts = random_prompts(2, 4)
-    tokens, answers, logits = sampled(weights, prompts, 3)
+    prompts = random_prompts(4)
+    tokens, answers, logits = sampled(model, prompts, 3)
     tree = am.answer_tree(3, 1)
-    logps = am.skill_logps(weights, tokens, answers, logits, 5, tree)
-    assert logps.shape == (2, 4, 5, 3) and not logps.requires_grad
+    logps = am.skill_logps(model, tokens, answers, logits, 5, tree)
+    assert logps.shape == (4, 5, 3) and not logps.requires_grad
     for k in range(5):
         changed = tokens.clone()
-        changed[..., 0] = (prompts[..., 0] + k) % 5
-        expected = am.answer_logps(am.branch_logps(am.policy_logits(weights, changed, tree), 3, 1.0), answers)
-        assert torch.allclose(logps[:, :, k], expected, atol=1e-4)
+        changed[:, 0] = (prompts[:, 0] + k) % 5
+        expected = am.answer_logps(am.branch_logps(model(changed, tree), 3, 1.0), answers)
+        assert torch.allclose(logps[:, k], expected, atol=1e-4)
 
 
 def test_misl_rewards():
-    logps = torch.tensor([[-1.0, -1.0, -9.0], [-1.0, -21.0, -3.0]]).view(1, 1, 2, 3)  # N = 2, three answers
+    logps = torch.tensor([[[-1.0, -1.0, -9.0], [-1.0, -21.0, -3.0]]])  # one problem, N = 2, three answers
     pbar = torch.tensor([-1.0, -1.0 - math.log(2), math.log((math.exp(-9) + math.exp(-3)) / 2)])
-    one = torch.ones(1, 1, 1)
-    plain = am.misl_rewards(logps, one, one, 99).flatten()
-    assert torch.allclose(plain, logps[0, 0, 0] - pbar, atol=1e-6)
+    plain = am.misl_rewards(logps, 1, 1, 99)[0]
+    assert torch.allclose(plain, logps[0, 0] - pbar, atol=1e-6)
     assert plain.tolist() == pytest.approx([0, math.log(2), -6 + math.log(2)], abs=0.01)
-    clipped = am.misl_rewards(logps, 0.5 * one, 0.25 * one, 0.7).flatten()
-    assert torch.allclose(clipped, (0.5 * logps[0, 0, 0] - 0.25 * pbar).clamp(-0.7, 0.7), atol=1e-6)
+    clipped = am.misl_rewards(logps, 0.5, 0.25, 0.7)[0]
+    assert torch.allclose(clipped, (0.5 * logps[0, 0] - 0.25 * pbar).clamp(-0.7, 0.7), atol=1e-6)
 
 
 def test_pass_k_advantages():
@@ -249,44 +237,45 @@ def test_pass_k_advantages():
 
 
 def test_advantages_of_every_arm():
-    r_correct = torch.tensor([1.0, 1, 0, 0, 0]).expand(4, 1, 5)
-    r_mi = torch.tensor([0.3, -0.3, 0.3, -0.3, 0]).expand(4, 1, 5) * torch.tensor([0, 0, 1, 1])[:, None, None]
-    column = lambda *flags: torch.tensor(flags)[:, None, None]  # grpo, pass-k, mi, gated-mi
-    got = am.arm_advantages(r_correct, r_mi, column(False, False, False, True), column(False, True, False, True))[:, 0]
-    assert got[0].tolist() == pytest.approx([0.6, 0.6, -0.4, -0.4, -0.4])
-    assert got[1].tolist() == [0, 0, 0, 0, 0]  # two are right, so none of them adds anything
-    assert got[2].tolist() == pytest.approx([0.9, 0.3, -0.1, -0.7, -0.4])
-    assert got[3].tolist() == pytest.approx([0.24, -0.06, -0.06, -0.06, -0.06])  # a right one never behind a wrong one
-    one = am.arm_advantages(r_correct[:1] * torch.tensor([1, 0, 0, 0, 0]), r_mi[:1], column(False), column(True))
-    assert one[0, 0].tolist() == [1, 0, 0, 0, 0]
+    r_correct, r_mi = torch.tensor([[1.0, 1, 0, 0, 0]]), torch.tensor([[0.3, -0.3, 0.3, -0.3, 0]])
+    none = torch.zeros(1, 5)
+    grpo, pass_k = (am.arm_advantages(r_correct, none, flag, False)[0].tolist() for flag in (False, True))
+    mi, gated = (am.arm_advantages(r_correct, r_mi, flag, flag)[0].tolist() for flag in (False, True))
+    assert grpo == pytest.approx([0.6, 0.6, -0.4, -0.4, -0.4])
+    assert pass_k == [0, 0, 0, 0, 0]  # two are right, so none of them adds anything
+    assert mi == pytest.approx([0.9, 0.3, -0.1, -0.7, -0.4])
+    assert gated == pytest.approx([0.24, -0.06, -0.06, -0.06, -0.06])  # a right one never behind a wrong one
+    gate_alone = am.arm_advantages(r_correct, r_mi, False, True)[0].tolist()
+    assert gate_alone == pytest.approx([0.84, 0.54, -0.46, -0.46, -0.46])
+    assert am.arm_advantages(torch.tensor([[1.0, 0, 0, 0, 0]]), none, True, False)[0].tolist() == [1, 0, 0, 0, 0]
 
 
-def test_exact_kl(weights):
-    _, _, logits = sampled(weights, random_prompts(2, 2), 3)
+def test_exact_kl(model):
+    _, _, logits = sampled(model, random_prompts(2), 3)
     mine = am.branch_logps(logits.detach(), 3, 1.0)
     theirs = am.branch_logps(logits.detach().flip(0), 3, 1.0)
     kl = am.exact_kl(mine, theirs)
-    assert torch.equal(am.exact_kl(mine, mine), torch.zeros(2, 2, 3)) and (kl > 0).all()
+    assert torch.equal(am.exact_kl(mine, mine), torch.zeros(2, 3)) and (kl > 0).all()
     categorical = lambda logps: torch.distributions.Categorical(logits=logps)
     divergence = lambda p, q: torch.distributions.kl_divergence(categorical(p), categorical(q))
     for b, j in itertools.product(range(2), range(3)):
-        parts = [(x[0, b], y[0, b]) for x, y in zip(mine, theirs)]
+        parts = [(x[b], y[b]) for x, y in zip(mine, theirs)]
         expected = divergence(*parts[0]) + divergence(parts[1][0][j], parts[1][1][j])
-        assert torch.allclose(kl[0, b, j], expected + divergence(parts[2][0][j], parts[2][1][j]), atol=1e-5)
+        assert torch.allclose(kl[b, j], expected + divergence(parts[2][0][j], parts[2][1][j]), atol=1e-5)
 
 
 # ---- Information and bounds ------------------------------------------------------------------------------------------
 def random_branches(N, sharpness, seed):
-    """Branches of R = 1, P = 40 random problems: [1, P, N, 10], [1, P, N, 10, 5], [1, P, N, 50, 10], and answers."""
+    """Branches of P = 40 random problems: [P, N, 10], [P, N, 10, 5], [P, N, 50, 10], and which answers are right."""
     torch.manual_seed(seed)
-    shapes = (1, 40, N, 10), (1, 40, N, 10, 5), (1, 40, N, 50, 10)
+    shapes = (40, N, 10), (40, N, 10, 5), (40, N, 50, 10)
     branches = [(sharpness * torch.randn(shape, dtype=torch.double)).log_softmax(-1) for shape in shapes]
     return branches, torch.rand(40, 500) < torch.rand(40, 1)
 
 
 def test_skills_that_do_not_matter_have_no_information():
     branches, correct = random_branches(5, 2.0, 0)
-    branches = [branch[:, :, :1].expand_as(branch) for branch in branches]
+    branches = [branch[:, :1].expand_as(branch) for branch in branches]
     figures = am.exact_figures(branches, correct)
     for key in "skill/mi", "skill/mi_token", "skill/mi_correct":
         assert figures[key].abs().max() < 1e-12
@@ -296,10 +285,10 @@ def test_skills_that_do_not_matter_have_no_information():
 
 def test_skills_that_share_no_token_have_all_of_it():
     """Every other skill gives about 0 to every token: I = ln N, while the token form counts ln N three times."""
-    branches = [torch.full(shape, -80.0) for shape in ((1, 1, 5, 10), (1, 1, 5, 10, 5), (1, 1, 5, 50, 10))]
+    branches = [torch.full(shape, -80.0) for shape in ((1, 5, 10), (1, 5, 10, 5), (1, 5, 50, 10))]
     for z in range(5):
         for branch in branches:
-            branch[0, 0, z, ..., z] = 0
+            branch[0, z, ..., z] = 0
     figures = am.exact_figures([branch.log_softmax(-1) for branch in branches], torch.zeros(1, 500).bool())
     assert figures["skill/mi"].item() == pytest.approx(math.log(5))
     assert figures["skill/mi_token"].item() == pytest.approx(3 * math.log(5))
@@ -322,30 +311,30 @@ def test_figures_by_hand_and_chain_rule(sharpness):
     """All figures again by loops over z; E[token form] = I + sum_t E KL(posterior mixture || uniform mixture)."""
     branches, correct = random_branches(4, sharpness, 1)
     figures = am.exact_figures(branches, correct)
-    left, operator, right = (branch[0].exp() for branch in branches)
+    left, operator, right = (branch.exp() for branch in branches)
     for problem in range(0, 40, 13):
         a, o, b = left[problem], operator[problem], right[problem].view(4, 10, 5, 10)
         p = a[:, :, None, None] * o[..., None] * b  # [N, 10, 5, 10]
         mixture = p.mean(0)
         ratio = lambda x, y: torch.where(x > 0, x * (x / y).log(), 0.0).sum()
         information = sum(ratio(p[z], mixture) for z in range(4)) / 4
-        assert figures["skill/mi"][0, problem].item() == pytest.approx(information.item(), abs=1e-9)
+        assert figures["skill/mi"][problem].item() == pytest.approx(information.item(), abs=1e-9)
         first, second = mixture.sum((1, 2)), mixture.sum(2)  # P(left), P(left, operator)
         excess = ratio(first, a.mean(0))
         excess += sum(first[i] * ratio(second[i] / first[i], o.mean(0)[i]) for i in range(10))
         for i, j in itertools.product(range(10), range(5)):
             excess += second[i, j] * ratio(mixture[i, j] / second[i, j], b.mean(0)[i, j])
-        token = figures["skill/mi_token"][0, problem].item()
+        token = figures["skill/mi_token"][problem].item()
         assert token == pytest.approx((information + excess).item(), abs=1e-9) and excess > 0
         right_chance = (p.view(4, 500) * correct[problem]).sum(1)
-        assert figures["skill/accuracy"][0, problem].tolist() == pytest.approx(right_chance.tolist())
-        assert figures["eval/pass@1"][0, problem].item() == pytest.approx(right_chance.mean().item())
-        assert figures["eval/pass@4"][0, problem].item() == pytest.approx(1 - (1 - right_chance).prod().item())
+        assert figures["skill/accuracy"][problem].tolist() == pytest.approx(right_chance.tolist())
+        assert figures["eval/pass@1"][problem].item() == pytest.approx(right_chance.mean().item())
+        assert figures["eval/pass@4"][problem].item() == pytest.approx(1 - (1 - right_chance).prod().item())
         decoded = p.view(4, 500).argmax(0)
-        assert figures["skill/z_decoded"][0, problem].item() == pytest.approx(
+        assert figures["skill/z_decoded"][problem].item() == pytest.approx(
             sum(p.view(4, 500)[z, y].item() for y, z in enumerate(decoded.tolist())) / 4
         )
-        assert torch.allclose(figures["skill/operators"][0, problem], p.sum((1, 3)))
+        assert torch.allclose(figures["skill/operators"][problem], p.sum((1, 3)))
 
 
 @pytest.mark.parametrize("N", [2, 3, 5, 10])
@@ -367,16 +356,16 @@ def test_what_information_bounds(N):
             assert (p * (1 - p) * i_c <= gain + slack).all() and (gain <= i_c / 2 + slack).all()
 
 
-def test_evaluation_is_the_mean_over_problems(task, weights):
+def test_evaluation_is_the_mean_over_problems(task, model):
     """Chunks and chances: against exact_figures of one problem at a time."""
     digits, chance, correct, _ = task
-    few = torch.arange(0, 416, 30)  # 14 problems, more than are computed at a time
-    evaluate = lambda part, chance: am.evaluate_exactly(weights, digits[part], correct[part], chance, 5, 0.9)
+    few = torch.arange(0, 416, 20)  # 21 problems, more than are computed at a time
+    evaluate = lambda part, chance: am.evaluate_exactly(model, digits[part], correct[part], chance, 5, 0.9)
     got = evaluate(few, chance[few])
     each = [evaluate(few[i : i + 1], torch.ones(1).double()) for i in range(len(few))]
     for key in got:
-        expected = sum(chance[few[i]] * figures[key] for i, figures in enumerate(each))
-        assert torch.allclose(got[key], expected, atol=1e-6)
+        expected = sum(chance[few[i]] * torch.tensor(figures[key]).double() for i, figures in enumerate(each))
+        assert torch.allclose(torch.tensor(got[key]).double(), expected, atol=1e-6)
 
 
 def test_interval_and_table():
@@ -411,7 +400,7 @@ def without_clock(folder):
 
 def test_figure_4_begins(tmp_path):
     """GRPO gets better and skills stay alike; MI makes them differ; pass-k keeps pass@5 up; a heavy KL holds back."""
-    real = "--warmup-steps", 100, "--questions-per-step", 32, "--num-steps", 120
+    real = "--imitation-steps", 100, "--questions-per-step", 32, "--num-steps", 120
     output = finished(tmp_path, *real, "--arms", "mi", "grpo", "pass-k")
     start, end = ({r["arm"]: r for r in records(tmp_path) if r["step"] == step} for step in (0, 120))
     assert {arm: record["eval/pass@1"] for arm, record in start.items()} == dict.fromkeys(
@@ -448,7 +437,7 @@ def test_options(tmp_path):
 
 
 def test_other_seeds_and_arms_do_not_change_a_run(tmp_path):
-    options = "--gated-alpha", 2, "--warmup-steps", 0, "--max-z", 2
+    options = "--gated-alpha", 2, "--imitation-steps", 0, "--max-z", 2
     alone = {}
     for arm, seed in ("mi", 2), ("gated-mi", 1):
         finished(tmp_path / arm, "--arms", arm, "--seed", seed, *options)
@@ -460,7 +449,7 @@ def test_other_seeds_and_arms_do_not_change_a_run(tmp_path):
         if run[2] == 0:
             assert record["eval/pass@1"] == pytest.approx(0.0081, abs=0.004)  # nothing learned: chance
         for key in "eval/pass@1", "eval/pass@2", "skill/mi", "losses/grad_norm", "skill/mi_reward":
-            assert key not in record or record[key] == pytest.approx(many[run][key], rel=1e-3, abs=1e-4)
+            assert record.get(key) == many[run].get(key)
 
 
 def test_killed_stopped_and_started_again(tmp_path):
@@ -481,8 +470,8 @@ def test_killed_stopped_and_started_again(tmp_path):
     finished(folder, *options, "--save-every", 10)
     assert without_clock(folder) == without_clock(tmp_path / "never")
     mine, theirs = (torch.load(f / "run" / "checkpoint.pt", weights_only=True) for f in (folder, tmp_path / "never"))
-    for part in "weights", "reference":
-        assert all(torch.equal(mine[part][name], theirs[part][name]) for name in theirs[part])
+    for part, i in itertools.product(("models", "references"), range(2)):
+        assert all(torch.equal(mine[part][i][name], theirs[part][i][name]) for name in theirs[part][i])
     assert "95 % t-interval" in (again := finished(folder, *options)) and "is complete" in again
     (folder / "run" / "table.txt").unlink()  # as if it had been stopped just before the end: nothing is done twice
     finished(folder, *options)
@@ -527,7 +516,7 @@ def test_run_folders(tmp_path):
     assert "exists and holds no run; choose another --run-name" in stop()
     (folder / "something").unlink()
     message = stop("--lr", 1e30)
-    assert "the gradient norm of arm grpo, seed 0 is nan; lower --lr, in a new --run-name" in message
+    assert "the gradient norm of arm grpo, seed 0 is nan; lower --lr or a weight in a new run" in message
     assert f"error: --lr of {folder} was 1e+30, not 0.0005; choose another --run-name." in stop()
     (folder / "checkpoint.pt").write_text("torn")
     message = stop("--lr", 1e30)

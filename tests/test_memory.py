@@ -474,3 +474,5 @@ def test_worked_examples_are_turns_of_the_chat():
     assert format_rewards(turns[-1][1], False) == [1.0, 1.0, 1.0, 1.0]  # they show what is rewarded
     for system in ("", "be brief"):
         assert encode_with_examples(tokenizer, "q?", system, []) == encode_prompt(tokenizer, "q?", system)
+    with pytest.raises(SystemExit, match="'1 . 1.' has no solution before its ####; use --num-shots 0"):
+        worked_examples([{"question": "1 + 1?", "answer": "#### 2", "gold": "2"}])
