@@ -15,10 +15,10 @@ from conftest import ENCODER, ROOT, TOY, training
 
 README = (ROOT / "README.md").read_text()
 ARMS = {
-    "upskill": ("grpo_upskill.py", ["--num-steps", 42, "--eval-samples", 1]),
-    "shuffled": ("grpo_upskill.py", ["--num-steps", 20, "--shuffle-rewards", "--eval-samples", 1]),
-    "perplexity": ("grpo_perplexity.py", ["--num-steps", 30, "--eval-every", 1000]),
-    "memory": ("grpo_knn_memory.py", ["--num-steps", 30, "--eval-every", 1000, "--embed-model", ENCODER]),
+    "upskill": ("grpo_upskill.py", ["--num-steps", 38, "--eval-samples", 1]),
+    "shuffled": ("grpo_upskill.py", ["--num-steps", 12, "--shuffle-rewards", "--eval-samples", 1]),
+    "perplexity": ("grpo_perplexity.py", ["--num-steps", 15, "--eval-every", 1000, "--lr", 5e-4]),
+    "memory": ("grpo_knn_memory.py", ["--num-steps", 15, "--eval-every", 1000, "--lr", 5e-4, "--embed-model", ENCODER]),
 }
 
 
