@@ -700,9 +700,10 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
 
     positive = (
-        "lora_alpha num_steps questions_per_step max_new_tokens temperature num_minibatches max_tokens_per_microbatch"
+        "lora_alpha num_steps questions_per_step max_new_tokens temperature num_minibatches is_cap max_grad_norm "
     )
-    check_arguments(args, positive + " is_cap max_grad_norm eval_every eval_samples save_every")
+    positive += "max_tokens_per_microbatch eval_every eval_samples save_every"
+    check_arguments(args, positive)
     if args.group_size < 2:
         sys.exit(f"error: --group-size {args.group_size} must be at least 2: completions of a question are compared.")
     if args.hybrid_alpha > 1:

@@ -1014,10 +1014,8 @@ def save_final(folder: Path, policy, tokenizer, dtype):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
 
-    positive = (
-        "lora_alpha max_prompt_tokens samples_per_question max_new_tokens temperature questions_per_rollout beta "
-    )
-    positive += "batch_size score_lambda max_grad_norm max_tokens_per_microbatch eval_every save_every"
+    positive = "lora_alpha max_prompt_tokens samples_per_question max_new_tokens temperature questions_per_rollout "
+    positive += "beta batch_size score_lambda max_grad_norm max_tokens_per_microbatch eval_every save_every"
     check_arguments(args, positive)
     trains = args.num_iterations > 0 and args.internal_epochs > 0
     if trains and args.strategy in ("weighted", "dpo", "dpo_listwise") and args.samples_per_question < 2:
