@@ -567,6 +567,7 @@ if __name__ == "__main__":
         sys.exit(f"error: {metrics_path} is shorter than at its checkpoint; restore it, or choose another --run-name.")
     with open(metrics_path, "ab") as file:
         file.truncate(state["metrics_bytes"])
+
     # imitation: cross-entropy of one solution, summed over its tokens; z is random, so all skills start alike
     if state["step"] == 0:
         tree = answer_tree(1, 1)
@@ -608,9 +609,8 @@ if __name__ == "__main__":
             r_mi = torch.zeros_like(r_correct)
             if arm in ("mi", "gated-mi"):
                 logps_z = skill_logps(model, tokens, answers, logits, args.max_z, tree)  # [B, N, C]
-                alpha, beta = args.alpha, args.alpha if args.beta is None else args.beta
-                if arm == "gated-mi":
-                    alpha = beta = args.gated_alpha
+                alpha = args.alpha if arm == "mi" else args.gated_alpha
+                beta = args.beta if arm == "mi" and args.beta is not None else alpha
                 r_mi = misl_rewards(logps_z, alpha, beta, args.cap)
 
             # advantages
