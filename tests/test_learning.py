@@ -15,10 +15,16 @@ from conftest import ENCODER, ROOT, TOY, training
 
 README = (ROOT / "README.md").read_text()
 ARMS = {
-    "upskill": ("grpo_upskill.py", ["--num-steps", 38, "--eval-samples", 1]),
-    "shuffled": ("grpo_upskill.py", ["--num-steps", 12, "--shuffle-rewards", "--eval-samples", 1]),
+    "upskill": ("grpo_upskill.py", ["--num-steps", 42, "--questions-per-step", 10, "--eval-samples", 1]),
+    "shuffled": (
+        "grpo_upskill.py",
+        ["--num-steps", 12, "--questions-per-step", 8, "--shuffle-rewards", "--eval-samples", 1],
+    ),
     "perplexity": ("grpo_perplexity.py", ["--num-steps", 15, "--eval-every", 1000, "--lr", 5e-4]),
-    "memory": ("grpo_knn_memory.py", ["--num-steps", 15, "--eval-every", 1000, "--lr", 5e-4, "--embed-model", ENCODER]),
+    "memory": (
+        "grpo_knn_memory.py",
+        ["--num-steps", 15, "--questions-per-step", 10, "--eval-every", 1000, "--lr", 5e-4, "--embed-model", ENCODER],
+    ),
 }
 
 
