@@ -331,7 +331,8 @@ def memory_scores(memory, key, vectors, own, kind: str, k: int) -> torch.Tensor:
             turns.append(1 - (vectors @ others.T).amax(1))
     turns = torch.stack(turns, 1)  # [G, n]
     itself = own[:, None] == left_out  # [G, n]
-    return torch.where(itself, turns, 0).sum(1).where(own >= 0, turns.mean(1))
+    without_itself = torch.where(itself, turns, 0).sum(1)  # [G], of the stored answers
+    return torch.where(own >= 0, without_itself, turns.mean(1))
 
 
 def memory_rewards(memory, questions, keys, vectors, store, kind: str, mode: str, k: int) -> torch.Tensor:
@@ -857,10 +858,9 @@ def load_memories(checkpoint: Path, memories: dict):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
 
-    positive = (
-        "lora_alpha num_steps questions_per_step max_new_tokens temperature knn_k max_keys max_values norm_window "
-    )
-    positive += "is_cap max_grad_norm num_minibatches max_tokens_per_microbatch eval_every eval_samples save_every"
+    positive = "lora_alpha num_steps questions_per_step max_new_tokens temperature knn_k max_keys max_values "
+    positive += "norm_window is_cap max_grad_norm num_minibatches max_tokens_per_microbatch eval_every "
+    positive += "eval_samples save_every"
     check_arguments(args, positive)
     if args.group_size < 2:
         sys.exit(f"error: --group-size {args.group_size} must be at least 2: a reward is compared within its group.")

@@ -122,7 +122,7 @@ class Args:
         "<think>\n{reasoning}\n</think>\n<answer>\n{answer}\n</answer>"
     )
     target: Literal["answer", "solution", "solution_answer"] = "answer"  # what the judge must expect, see target_ids
-    min_group_std: float = 0.01  # groups with a smaller std of rewards are not trained on: it would be rounding
+    min_group_std: float = 0.01  # groups with a smaller std of rewards are left out: they may differ by rounding
     # loss
     loss_type: Literal["grpo", "dr_grpo", "dapo"] = "dapo"  # how tokens are weighted, see policy_loss
     clip_low: float = 0.2  # ratio is clipped below at 1 - clip_low
@@ -699,10 +699,8 @@ def save_final(folder: Path, policy, tokenizer, dtype):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
 
-    positive = (
-        "lora_alpha num_steps questions_per_step max_new_tokens temperature num_minibatches is_cap max_grad_norm "
-    )
-    positive += "max_tokens_per_microbatch eval_every eval_samples save_every"
+    positive = "lora_alpha num_steps questions_per_step max_new_tokens temperature num_minibatches is_cap "
+    positive += "max_grad_norm max_tokens_per_microbatch eval_every eval_samples save_every"
     check_arguments(args, positive)
     if args.group_size < 2:
         sys.exit(f"error: --group-size {args.group_size} must be at least 2: completions of a question are compared.")
@@ -843,7 +841,8 @@ if __name__ == "__main__":
                 f"error: a reasoning and its target are {longest} tokens, the judge takes {judge_context}; lower "
                 "--max-new-tokens."
             )
-        with policy.model.disable_adapter() if judge is policy else nullcontext():  # 0: any token serves as the pad
+        with policy.model.disable_adapter() if judge is policy else nullcontext():
+            # any token serves as the pad; the policy's may not exist in the judge's vocabulary
             logps = score_distinct(judge, contexts, targets, replace(args, temperature=1.0), pad_id=0)
         if not logps.isfinite().all():
             sys.exit(f"error: the judge {judge_name} gives NaN or infinity; use another --reward-model.")

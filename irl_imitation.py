@@ -844,8 +844,9 @@ if __name__ == "__main__":
         with open(metrics_path, "ab") as file:
             file.truncate(state["metrics_bytes"])
     signals = []
-    for signum in (signal.SIGTERM, signal.SIGUSR1) if num_steps else ():  # an evaluation alone has nothing to save
-        signal.signal(signum, lambda signum, frame: signals.append(signum))
+    if num_steps:  # an evaluation alone has nothing to save
+        for signum in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(signum, lambda signum, frame: signals.append(signum))
 
     def write(path, records, mode="a"):
         if RANK > 0:
