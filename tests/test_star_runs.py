@@ -293,7 +293,8 @@ def learned(request, tmp_path_factory):
         "docs/star_dpo.md", f"star_dpo.py --strategy {request.param} --lr {lr} --model-name tests/toy_mc"
     )
     folder = tmp_path_factory.mktemp("learned")
-    short = ["--num-train-questions", 250, "--eval-size", 150, "--output-dir", folder, "--run-name", "run"]
+    short = ["--num-train-questions", 250, "--eval-size", 150, "--eval-every", 1000]
+    short += ["--output-dir", folder, "--run-name", "run"]
     process = training(*short, command=command)
     output = process.communicate()[0]
     assert process.returncode == 0, output
