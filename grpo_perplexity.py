@@ -397,8 +397,8 @@ class Policy(nn.Module):
         position = torch.arange(ids.shape[1] - 1, device=ids.device)
         ends = (prompt_lens + completion_lens)[:, None]
         predicts = (position >= prompt_lens[:, None] - 1) & (position < ends - 1)  # [B, T - 1]
-        # Autocast caches bf16 copies of weights. FSDP frees a weight after use, so no copy may stay.
-        with torch.autocast("cuda", torch.bfloat16, DEVICE.type == "cuda", cache_enabled=WORLD_SIZE == 1):
+        # No cache: autocast would keep a bf16 copy of every weight until the pass ends, and FSDP frees weights earlier.
+        with torch.autocast("cuda", torch.bfloat16, DEVICE.type == "cuda", cache_enabled=False):
             hidden = self.base.base_model(input_ids=ids, use_cache=False).last_hidden_state
             hidden, targets = hidden[:, :-1][predicts], ids[:, 1:][predicts]  # [n, H], [n]
             logps = []

@@ -288,8 +288,8 @@ class ValuePolicy(nn.Module):
         position = torch.arange(ids.shape[1], device=ids.device)
         ends = (prompt_lens + completion_lens - terminal.long())[:, None]
         is_state = (position >= prompt_lens[:, None] - 1) & (position < ends)  # [B, T]
-        # Autocast caches bf16 copies of weights. FSDP frees a weight after use, so no copy may stay.
-        with torch.autocast("cuda", torch.bfloat16, DEVICE.type == "cuda", cache_enabled=WORLD_SIZE == 1):
+        # No cache: autocast would keep a bf16 copy of every weight until the pass ends, and FSDP frees weights earlier.
+        with torch.autocast("cuda", torch.bfloat16, DEVICE.type == "cuda", cache_enabled=False):
             hidden = self.base.base_model(input_ids=ids, use_cache=False).last_hidden_state[is_state]  # [n, H]
             if states_only:
                 return hidden

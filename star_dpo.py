@@ -507,8 +507,8 @@ class TreePolicy(nn.Module):
         """
         column = torch.arange(ids.shape[1], device=ids.device)
         sees = (column <= column[:, None]) & (column[:, None] < end[:, None])  # [R, T, T]: k <= q < end[k]
-        # Autocast caches bf16 copies of weights. FSDP frees a weight after use, so no copy may stay.
-        with torch.autocast("cuda", torch.bfloat16, DEVICE.type == "cuda", cache_enabled=WORLD_SIZE == 1):
+        # No cache: autocast would keep a bf16 copy of every weight until the pass ends, and FSDP frees weights earlier.
+        with torch.autocast("cuda", torch.bfloat16, DEVICE.type == "cuda", cache_enabled=False):
             hidden = self.base.base_model(
                 input_ids=ids, position_ids=depth, attention_mask=sees[:, None], use_cache=False
             ).last_hidden_state

@@ -30,7 +30,8 @@ TOY_MC = ROOT / "tests" / "toy_mc"
 def documented(page):
     """Keys in the table of logged metrics of a page of docs/."""
     table = (ROOT / "docs" / page).read_text().split("## Logged metrics")[1].split("\n## ")[0]
-    return {key.replace("\\|", "|") for key in re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)}
+    cells = re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE)
+    return {key for cell in cells for key in re.findall("`([^`]+)`", cell)}
 
 
 def toy_command(page, start):
