@@ -513,12 +513,12 @@ if __name__ == "__main__":
     run_dir = Path(args.output_dir) / run_name
     metrics_path, table_path = run_dir / "metrics.jsonl", run_dir / "table.txt"
     checkpoint_path = run_dir / "checkpoint.pt"
-    if table_path.exists():
-        print(f"{table_path.read_text()}\n{run_dir} is complete; another --run-name starts a new run.")
-        sys.exit(0)
     refusal = open_run(args, run_dir)
     if refusal:
         sys.exit(refusal)
+    if table_path.exists():
+        print(f"{table_path.read_text()}\n{run_dir} is complete; another --run-name starts a new run.")
+        sys.exit(0)
 
     # policies: all seeds of the first arm, then all of the second, and so on
     policies = []
@@ -562,6 +562,7 @@ if __name__ == "__main__":
             for i in range(len(policies)):
                 models[i].load_state_dict(state["models"][i])
                 optimizers[i].load_state_dict(state["optimizers"][i])
+        print(f"{run_dir} goes on after update {state['step']}.")
     found = metrics_path.stat().st_size if metrics_path.exists() else 0
     if found < state["metrics_bytes"]:
         sys.exit(f"error: {metrics_path} is shorter than at its checkpoint; restore it, or choose another --run-name.")

@@ -63,7 +63,7 @@ class Args:
     answer_mode: Literal["strict", "flexible", "boxed", "xml", "auto"] = "auto"  # see extract_answer
     gpu_memory_utilization: float = 0.9  # vLLM's share of the GPU
     seed: int = 0  # seed of the sampling and of the i.i.d. skills
-    output_dir: str = ""  # folder of the results, never overwritten (empty: runs/eval-<model>-<seed>)
+    output_dir: str = ""  # folder of the results, never overwritten (empty: runs/eval-<model or run>-z<skills>-<seed>)
     compare: tuple[str, str] | None = None  # two completions.jsonl: print their paired differences
 
 
@@ -477,7 +477,10 @@ if __name__ == "__main__":
         sys.exit(
             f"error: --skill-prefix {args.skill_prefix!r} has no {{z}} in it, so that all skills would be the same."
         )
-    folder = Path(args.output_dir or f"runs/eval-{Path(args.model_name).name}-{args.seed}")
+    model = Path(args.model_name).resolve()
+    name = model.parent.name if model.name == "final" else model.name  # runs/x/final is named after its run
+    skills = f"-z{args.num_skills}" if args.num_skills else ""
+    folder = Path(args.output_dir or f"runs/eval-{name}{skills}-{args.seed}")
     if (folder / "completions.jsonl").exists():
         sys.exit(f"error: {folder}/completions.jsonl exists and is not overwritten; choose another --output-dir.")
     problems = load_split(args.dataset, "test")[: args.eval_size or None]

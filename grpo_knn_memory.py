@@ -869,7 +869,7 @@ if __name__ == "__main__":
     problems, eval_problems = load_problems(args.dataset, args.eval_dataset, args.eval_size)
     examples, problems = worked_examples(problems[: args.num_shots]), problems[args.num_shots :]
     if len(problems) < args.questions_per_step:
-        sys.exit(f"error: {args.dataset} leaves {len(problems)} training problems, too few for a step; add rows.")
+        sys.exit(f"error: {args.dataset} leaves {len(problems)} problems, fewer than --questions-per-step; add rows.")
     tokenizer, context = load_tokenizer(args.model_name, args.system_prompt)
     check_model(args.model_name)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -901,12 +901,12 @@ if __name__ == "__main__":
     run_name = args.run_name or f"{Path(__file__).stem}__{model_label}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.output_dir) / gather(run_name)[0]
     metrics_path, samples_path = run_dir / "metrics.jsonl", run_dir / "samples.jsonl"
-    if (run_dir / "final").exists():
-        print(f"{run_dir} is complete, its model is in {run_dir}/final; another --run-name starts a new run.")
-        sys.exit(0)
     refusal = gather(open_run(args, run_dir) if RANK == 0 else "")[0]
     if refusal:
         sys.exit(refusal)
+    if (run_dir / "final").exists():
+        print(f"{run_dir} is complete, its model is in {run_dir}/final; another --run-name starts a new run.")
+        sys.exit(0)
     if args.track:
         import wandb
 
@@ -942,6 +942,7 @@ if __name__ == "__main__":
     state = {"step": 0, "evaluation_due": True, "logp_limit": None, "metrics_bytes": 0, "samples_bytes": 0}
     if saved:
         state = load_checkpoint(saved[-1], policy, optimizer)
+        print(f"{run_dir} goes on after step {state['step']}.")
         if memories:
             load_memories(saved[-1], memories)
     for path, size in (metrics_path, state["metrics_bytes"]), (samples_path, state["samples_bytes"]):

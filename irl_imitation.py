@@ -794,12 +794,12 @@ if __name__ == "__main__":
     run_name = args.run_name or f"{Path(__file__).stem}__{model_label}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.output_dir) / gather(run_name)[0]
     metrics_path = run_dir / "metrics.jsonl"
-    if (run_dir / "final").exists():
-        print(f"{run_dir} is complete, its model is in {run_dir}/final; another --run-name starts a new run.")
-        sys.exit(0)
     refusal = gather(open_run(args, run_dir) if RANK == 0 else "")[0]
     if refusal:
         sys.exit(refusal)
+    if (run_dir / "final").exists():
+        print(f"{run_dir} is complete, its model is in {run_dir}/final; another --run-name starts a new run.")
+        sys.exit(0)
     cut = sum(not row["terminal"] for row in demonstrations)
     print(f"{len(problems)} demonstrations, {cut} cut at --max-new-tokens; {len(held_out)} held out; {num_steps} steps")
     if args.track:
@@ -837,6 +837,7 @@ if __name__ == "__main__":
     state = {"step": 0, "evaluation_due": True, "logp_limit": None, "shift": None, "metrics_bytes": 0}
     if saved:
         state = load_checkpoint(saved[-1], policy, optimizer)
+        print(f"{run_dir} goes on after step {state['step']}.")
     found = metrics_path.stat().st_size if metrics_path.exists() else 0
     if gather(found)[0] < state["metrics_bytes"]:
         sys.exit(f"error: {metrics_path} is shorter than at its checkpoint; restore it, or choose another --run-name.")

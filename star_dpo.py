@@ -1087,12 +1087,12 @@ if __name__ == "__main__":
     run_name = args.run_name or f"{Path(__file__).stem}__{model_label}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.output_dir) / gather(run_name)[0]
     metrics_path = run_dir / "metrics.jsonl"
-    if (run_dir / "final").exists():
-        print(f"{run_dir} is complete, its model is in {run_dir}/final; another --run-name starts a new run.")
-        sys.exit(0)
     refusal = gather(open_run(args, run_dir) if RANK == 0 else "")[0]
     if refusal:
         sys.exit(refusal)
+    if (run_dir / "final").exists():
+        print(f"{run_dir} is complete, its model is in {run_dir}/final; another --run-name starts a new run.")
+        sys.exit(0)
     (run_dir / "samples").mkdir(exist_ok=True)
     if args.track:
         import wandb
@@ -1130,6 +1130,7 @@ if __name__ == "__main__":
     state |= {"ref_logps": None, "val_ref_logps": None, "metrics_bytes": 0}
     if saved:
         state = load_checkpoint(saved[-1], policy, optimizer)
+        print(f"{run_dir} goes on after step {state['step']}.")
     found = metrics_path.stat().st_size if metrics_path.exists() else 0
     if gather(found)[0] < state["metrics_bytes"]:
         sys.exit(f"error: {metrics_path} is shorter than at its checkpoint; restore it, or choose another --run-name.")

@@ -1,6 +1,6 @@
 """Learning curves of runs, or of groups of runs, from their metrics.jsonl.
 
-    python benchmark/curves.py runs/my_run --keys charts/reward eval/pass@1
+    python benchmark/curves.py runs/my_run
     python benchmark/curves.py "UpSkill=runs/upskill_*" "control=runs/control_*" --keys skill/mi --smooth 5
 
 A group is a label, "=", and run folders (a pattern in quotes); groups with the same label are one. Without a label a
@@ -24,7 +24,7 @@ from scipy.stats import t
 @dataclass
 class Args:
     groups: tyro.conf.Positional[tuple[str, ...]]  # run folders, or label=pattern
-    keys: tuple[str, ...]  # keys of metrics.jsonl, a panel each
+    keys: tuple[str, ...] = ("charts/reward", "eval/pass@1")  # keys of metrics.jsonl, a panel each
     x: str = "step"  # key of the horizontal axis
     smooth: int = 1  # mean over so many points of a run, up to each point
     output: str = "curves.png"  # the figure
@@ -112,4 +112,4 @@ if __name__ == "__main__":
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=columns + 1, frameon=False)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=130)
-    print(args.output)
+    print(f"written: {args.output}")

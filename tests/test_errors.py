@@ -32,7 +32,7 @@ ARGUMENTS = {
     "negative": (["--lr", -1], "--lr is -1.0; it must be at least 0"),
     "infinite": (["--lr", "inf"], "--lr is inf; it must be a finite number"),
     "not a number": (["--kl-coef", "nan"], "--kl-coef is nan"),
-    "too few problems": (["--questions-per-step", 5000], "too few for a step; add rows"),
+    "too few problems": (["--questions-per-step", 5000], "fewer than --questions-per-step; add rows"),
     "no such file": (["--dataset", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
     "no such dataset": (["--dataset", "nobody/nothing"], "dataset nobody/nothing (train) did not load"),
     "no such model": (["--model-name", "nobody/nothing"], "nobody/nothing cannot be used; give the hub id"),
@@ -78,7 +78,7 @@ def test_a_local_file_gives_up_its_last_tenth(capsys, monkeypatch, tmp_path):
     error = stop_message(
         capsys, monkeypatch, tmp_path, "--dataset", path, "--eval-dataset", "", "--questions-per-step", 27
     )
-    assert "leaves 26 training problems, too few for a step" in error
+    assert "leaves 26 problems, fewer than --questions-per-step" in error
 
 
 def test_tokenizer_without_chat_template_or_eos(capsys, monkeypatch, tmp_path):

@@ -411,7 +411,7 @@ ERRORS = {
     "no such encoder": (["--embed-model", "nobody/nothing"], "the tokenizer of nobody/nothing cannot be read; give"),
     "no neighbours": (["--knn-k", 0], "--knn-k is 0; it must be over 0"),
     "no room": (["--max-values", 0], "--max-values is 0; it must be over 0"),
-    "too many shots": (["--num-shots", 1999], "leaves 1 training problems, too few for a step; add rows"),
+    "too many shots": (["--num-shots", 1999], "leaves 1 problems, fewer than --questions-per-step; add rows"),
     "group of one": (["--group-size", 1], "--group-size 1 must be at least 2"),
     "does not fit": (["--max-new-tokens", 1020], "is more than the model's 1024; lower --max-new-tokens"),
 }

@@ -103,6 +103,7 @@ def test_commands_of_the_documents_parse(page, monkeypatch):
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)).replace("\\\n", " ")
     inline = re.findall(r"`((?:python|bash|sbatch) [^`]*)`", page.read_text())
     for line in [*blocks.splitlines(), *inline]:
+        line = line.partition(" # ")[0]
         file = re.search(r"(?:^|&& |\d )(?:python|bash|sbatch [^.]*?) ?((?:\w+/)*\w+\.(?:py|sh|sbatch))", line)
         if file:
             assert (ROOT / file[1]).exists(), line
