@@ -37,7 +37,7 @@ def documented(page):
 def toy_command(page, start):
     """The first command of a page of docs/, or of a shell script, that begins so; as a list, Python in front."""
     text = (ROOT / page).read_text().replace("\\\n", " ")
-    command = re.search(rf"^(?:\.venv/bin/)?python ({re.escape(start)}.*)$", text, re.MULTILINE).group(1)
+    command = re.search(rf"^(?:\.venv-cpu/bin/)?python ({re.escape(start)}.*)$", text, re.MULTILINE).group(1)
     return [sys.executable, *shlex.split(command.replace('"$@"', ""))]
 
 
