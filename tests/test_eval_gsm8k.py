@@ -337,6 +337,22 @@ def test_command_line_errors(tmp_path, monkeypatch):
     assert result.returncode == 1 and result.stdout == "" and result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [(["--model-name", "runs/a/final"], "a-0"), (["--model-name", "runs/a/final", "--num-skills", 5], "a-z5-0"),
+     (["--model-name", "Qwen/Qwen2.5-7B", "--seed", 3], "Qwen2.5-7B-3")],
+)  # fmt: skip
+def test_results_of_several_runs_do_not_collide(arguments, folder, tmp_path, monkeypatch):
+    """runs/a/final is named after its run, with the number of skills; a hub id after its last part."""
+    monkeypatch.chdir(tmp_path)
+    results = tmp_path / "runs" / f"eval-{folder}"
+    results.mkdir(parents=True)
+    (results / "completions.jsonl").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["eval_gsm8k.py", *map(str, arguments)])
+    with pytest.raises(SystemExit, match="is not overwritten"):
+        runpy.run_path(str(ROOT / "eval_gsm8k.py"), run_name="__main__")
+
+
 def test_toy_model_on_vllm(tmp_path):
     arguments = ["--model-name", TOY / "model", "--dataset", TOY / "test.jsonl", "--eval-size", 20, "--seed", 1]
     arguments += ["--num-samples", 2, "--num-skills", 3, "--temperature", 0.8, "--max-new-tokens", 60]
